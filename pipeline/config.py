@@ -1,0 +1,116 @@
+"""What a profile may say: every key, its type, its default and its meaning.
+
+The YAML files in `configs/` are read against these classes by `pipeline.profile`; below that door the code sees plain
+typed values. `aletheia config explain` prints each one's effective value and where it came from.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Validation(Section):
+    fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the rows held out of training")
+    strategy: Literal["stratified", "random"] = Field("stratified", description="stratified: the share of each domain")
+    seed: int = Field(42, description="which rows: the same seed and rows always give the same split")
+
+
+class TrainingData(Section):
+    sft: str = Field("data/sft", description="conversations: a JSONL file, or a folder of them")
+    dpo: str = Field("data/dpo", description="preference pairs: a JSONL file, or a folder of them")
+    eval: str = Field("data/eval", description="a folder with questions/ and choices/")
+    validation: Validation = Field(Validation(), description="rows held out of training to measure it")
+    max_reject_share: Share = Field(0.05, description="stop when more than this share of the rows cannot be used")
+
+
+class LoraConfig(Section):
+    lora_rank: Positive = Field(16, description="rank of the adapter's matrices; more learns more and costs memory")
+    lora_alpha: Positive = Field(32, description="the adapter's update is scaled by alpha / rank")
+    lora_dropout: Share = Field(0.0, description="share of the adapter's inputs dropped in training")
+    target_modules: Literal["all-linear"] | list[str] = Field("all-linear", description="modules that get an adapter")
+
+
+class TrainingConfig(Section):
+    batch_size: Positive = Field(2, description="rows in one forward pass; memory")
+    gradient_accumulation: Positive = Field(
+        16, description="passes before an optimiser step; batch_size × this = rows a step learns from"
+    )
+    max_length: Positive = Field(2048, description="tokens; a longer row is rejected, never cut")
+    warmup_ratio: Share = Field(0.05, description="share of the steps over which the rate rises from 0")
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field(
+        "cosine", description="how the rate goes after warm-up"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's pull of the adapter towards 0")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="gradients are clipped to this norm")
+    save_steps: Positive = Field(50, description="steps between checkpoints one can resume from")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about 0.7 × the speed")
+
+
+class SftConfig(LoraConfig, TrainingConfig):
+    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="peak rate of AdamW")
+    epochs: Annotated[float, Field(gt=0)] = Field(2.0, description="passes over the training rows")
+    shuffle_answers: bool = Field(
+        False, description="control: train on answers shuffled between questions; never used as a stage's input"
+    )
+
+
+class DpoConfig(TrainingConfig):
+    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-5, description="peak rate of AdamW")
+    epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the training pairs")
+    beta: Annotated[float, Field(gt=0)] = Field(0.1, description="how strongly the policy is held to the reference")
+
+
+class MergeConfig(Section):
+    max_shard_gb: Annotated[float, Field(gt=0)] = Field(4.0, description="size of an output file, GB")
+
+
+class ServeConfig(Section):
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 opens it to the network")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port; 0 takes a free one")
+    max_concurrent: Positive = Field(16, description="requests generated at once; more wait their turn")
+    max_tokens: Positive = Field(512, description="tokens generated for a request that does not say")
+
+
+class EvalConfig(Section):
+    tasks: list[str] = Field(["aletheia_choices"], description="lm-eval-harness tasks; own ones in <eval>/tasks")
+    limit: Positive | None = Field(None, description="items of each task; null: all")
+    max_tokens: Positive = Field(512, description="tokens generated for a win-rate answer")
+    batch_size: Positive = Field(8, description="rows in one forward pass")
+
+
+class Cost(Section):
+    gpu_hour: Annotated[float, Field(ge=0)] = Field(0.0, description="price of an hour of the GPU")
+    kwh: Annotated[float, Field(ge=0)] = Field(0.0, description="price of a kWh")
+    co2_per_kwh: Annotated[float, Field(ge=0)] = Field(0.4, description="kg of CO2 a kWh, of the grid used")
+    currency: str = Field("USD", description="currency of the prices")
+
+
+class Profile(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        description="names the links in checkpoints/: <name>-sft, <name>-dpo, <name>-merged"
+    )
+    base_model: str = Field(description="`tiny` (embedded), a local folder, or a model on the hub")
+    revision: str = Field("main", description="of a hub model; pin a commit for a result that can be reproduced")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model: only if you have read it")
+    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto: a CUDA GPU when there is one")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="of the base's weights; auto: bf16 on a GPU, else as stored. The adapter trains in float32"
+    )
+    quantization: Literal["none", "nf4", "int8", "auto"] = Field(
+        "none", description="of the base in training; auto: nf4 when the precision does not fit in memory"
+    )
+    seed: int = Field(42, description="of adapter initialisation, data order and sampling")
+    training_data: TrainingData = Field(TrainingData(), description="where the rows are")
+    sft_config: SftConfig = Field(SftConfig(), description="supervised fine-tuning")
+    dpo_config: DpoConfig = Field(DpoConfig(), description="direct preference optimisation")
+    merge_config: MergeConfig = Field(MergeConfig(), description="adapter into base")
+    serve_config: ServeConfig = Field(ServeConfig(), description="the endpoint")
+    eval_config: EvalConfig = Field(EvalConfig(), description="evaluation")
+    cost: Cost = Field(Cost(), description="prices, for the record")

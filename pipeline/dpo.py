@@ -1,0 +1,210 @@
+"""Direct preference optimisation: continues the SFT adapter on preference pairs.
+
+    aletheia dpo --profile tiny        make dpo PROFILE=tiny
+    aletheia dpo --from base           straight on the base, when asked for
+
+Reads the pairs of `training_data.dpo` and the newest SFT adapter. The policy starts as that adapter and a frozen copy of
+it is the reference; before the first step this is checked: the reference's tensors are the SFT adapter's, the loss is
+ln 2, every margin is 0, and the reference is not the base. Writes `checkpoints/EXP-…/adapter`, one adapter on the
+base, and the link `<name>-dpo`. (Rafailov et al. 2023, arXiv 2305.18290; the loss is trl's.)
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pipeline import data, heldout, statistics
+from pipeline.chat import Chat, Encoded
+from pipeline.data import PreferencePair
+from pipeline.errors import StageFailed
+from pipeline.model import Base, find_base
+from pipeline.progress import say
+from pipeline.records.lifecycle import Record
+from pipeline.records.schema import Input
+from pipeline.sft import check_context, lora, same_data
+from pipeline.stage import Job, Source, take
+
+EncodedPair = tuple[PreferencePair, tuple[Encoded, Encoded]]
+PAIRS_CHECKED = 8  # enough to show a wrong reference, cheap enough to run every time
+
+
+@dataclass
+class Dpo:
+    name: ClassVar[str] = "dpo"
+
+    job: Job
+    base: Base
+    chat: Chat
+    rows: list[PreferencePair]
+    source: Source | None  # None: straight on the base
+    inputs: list[Input]
+
+    @classmethod
+    def prepare(cls, job: Job) -> Self:
+        rows = data.read_rows(job.workspace, job.config.training_data.dpo, PreferencePair)
+        source = None if job.source == "base" else take(job, ["sft"], "adapter")
+        base = find_base(job.workspace, job.profile)
+        check_context(job, base, "dpo_config")
+        return cls(job, base, base.chat(), rows, source, [source.input] if source else [])
+
+    def plan(self) -> list[tuple[str, str]]:
+        from pipeline.training import steps_in_all
+
+        config = self.job.config.dpo_config
+        train, held_out = data.split(self.rows, self.job.config.training_data.validation)
+        return [
+            ("policy and reference", self.source.file.id if self.source else f"{self.base.name}, no SFT"),
+            ("pairs", f"{len(train)} to train, {len(held_out)} held out"),
+            ("a step learns from", f"{config.batch_size * config.gradient_accumulation} pairs"),
+            ("steps", str(steps_in_all(config, len(train)))),
+        ]
+
+    def run(self, record: Record) -> None:
+        from transformers import PrinterCallback
+        from trl import DPOConfig
+
+        from pipeline import training
+        from pipeline.private import PreparedDpoTrainer
+
+        config, job = self.job.config.dpo_config, self.job
+        train_pairs, held_out = self._encoded(record)
+
+        policy = self._policy()
+        start = {name: p.detach().float().clone() for name, p in policy.named_parameters() if p.requires_grad}
+        trainer = PreparedDpoTrainer(
+            model=policy,
+            args=DPOConfig(**training.trainer_arguments(config, job, self.base, record.output), beta=config.beta),
+            train_dataset=_dataset(train_pairs),
+            processing_class=self.chat.tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)  # it prints what evaluate() finds
+        for name, parameter in trainer.model.named_parameters():
+            if name in start:  # over a quantised base trl has rounded the adapter to bf16
+                parameter.data = start[name].to(parameter.device)
+
+        record.facts.results = {"reference": self._check_reference(trainer, train_pairs)}
+        before = self._margins(trainer.model, held_out, "held-out margins before")
+        summary = training.train(trainer, record, job.resume)
+        after = self._margins(trainer.model, held_out, "held-out margins after")
+
+        record.facts.results["training"] = summary
+        if held_out:
+            record.facts.results |= self._preferences(record, held_out, before, after)
+        training.keep_adapter(trainer.model, self.chat, record, f"{job.config.name}-dpo")
+
+    def _encoded(self, record: Record) -> tuple[list[EncodedPair], list[EncodedPair]]:
+        from pipeline import training
+
+        config, limits = self.job.config.dpo_config, self.job.config.training_data
+        train, held_out = data.split(self.rows, limits.validation)
+        facts = {"train": data.describe(train), "held_out": data.describe(held_out)}
+        same_data(self.job, record, facts)
+        record.facts.data = facts | {"contract": self.chat.contract.sha256}
+        record.facts.lineage.base = self.base.identity()
+
+        def encode(pair: PreferencePair) -> tuple[Encoded, Encoded]:
+            return heldout.encode_pair(self.chat, pair)
+
+        def keep(pairs: list[PreferencePair]) -> list[EncodedPair]:
+            if not pairs:
+                return []
+            return training.usable(pairs, self.chat, config.max_length, encode, record, limits.max_reject_share)
+
+        encoded = keep(train), keep(held_out)
+        record.save()
+        return encoded
+
+    def _policy(self) -> Any:
+        """The SFT policy, its adapter trainable; or the base with a new one."""
+        from peft import PeftModel, get_peft_model
+
+        model = self.base.load(quantized=True)
+        if self.source is None:
+            import torch
+
+            torch.manual_seed(self.job.config.seed)
+            return get_peft_model(model, lora(self.job.config.sft_config))
+        return PeftModel.from_pretrained(model, self.source.output, is_trainable=True)
+
+    def _check_reference(self, trainer: Any, pairs: list[EncodedPair]) -> dict[str, Any]:
+        """Promise 3. Raises `StageFailed` when the reference is not the policy that DPO starts from."""
+        from pipeline.private import reference_log_probs
+
+        few = pairs[:PAIRS_CHECKED]
+        start = trainer.evaluate(_dataset(few))
+        loss, margin = start["eval_loss"], start["eval_rewards/margins"]
+        if abs(loss - math.log(2)) > 1e-4 or abs(margin) > 1e-4:
+            raise StageFailed(
+                f"at step 0 the DPO loss is {loss:.6f}, not ln 2, and the margin {margin:.2g}, not 0", step=0
+            )
+        reference, base = reference_log_probs(
+            trainer, [e for _, sides in few for e in sides], self.chat.tokenizer.pad_token_id
+        )
+        distance = max(abs(r - b) for r, b in zip(reference, base, strict=True))
+        if self.source is not None:
+            self._same_tensors(trainer.model, self.source.output)
+            if distance < 1e-3:
+                raise StageFailed("the reference gives the base's log-probs: it is not the SFT policy", step=0)
+        say(f"reference checked: loss {loss:.4f} = ln 2, margin {margin:.1g}, {distance:.2f} nats from the base")
+        return {
+            "is": self.source.file.id if self.source else "base",
+            "loss_at_step_0": round(loss, 6),
+            "margin_at_step_0": round(margin, 6),
+            "max_log_prob_distance_from_base": round(distance, 3),
+        }
+
+    @staticmethod
+    def _same_tensors(model: Any, adapter: Path) -> None:
+        """The reference's tensors are, bit for bit, those of the SFT record's file."""
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        stored = load_file(adapter / "adapter_model.safetensors")
+        reference = get_peft_model_state_dict(model, adapter_name="ref")
+        different = [
+            k for k, v in stored.items() if k not in reference or not reference[k].cpu().float().equal(v.float())
+        ]
+        if different or len(stored) != len(reference):
+            raise StageFailed(f"the reference differs from the SFT adapter in {different[:3] or 'its keys'}", step=0)
+
+    def _margins(self, model: Any, pairs: list[EncodedPair], what: str) -> list[float]:
+        if not pairs:
+            return []
+        batch = self.job.config.eval_config.batch_size
+        return heldout.margins(model, [sides for _, sides in pairs], self.chat.tokenizer.pad_token_id, batch, what)
+
+    def _preferences(
+        self, record: Record, pairs: list[EncodedPair], before: list[float], after: list[float]
+    ) -> dict[str, Any]:
+        """Implicit-reward accuracy: the share of held-out pairs whose margin rose. Length alone stands beside it."""
+        accuracy = statistics.proportion(sum(a > b for b, a in zip(before, after, strict=True)), len(pairs))
+        change = statistics.paired(before, after)
+        shorter = sum(len(c.ids) < len(r.ids) for _, (c, r) in pairs)
+        by_length = statistics.proportion(max(shorter, len(pairs) - shorter), len(pairs))
+        rows = [{"id": p.id, "before": b, "after": a} for (p, _), b, a in zip(pairs, before, after, strict=True)]
+        (record.folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        shown = "above chance" if (accuracy.ci_low or 0) > 0.5 else "not shown to be above chance"
+        say(f"held-out preference accuracy {accuracy.text()}, {shown}; length alone would score {by_length.value:.2f}")
+        return {
+            "preference_accuracy": accuracy.model_dump(exclude_none=True)
+            | {"chance": 0.5, "length_alone": by_length.value},
+            "margin": change.model_dump(exclude_none=True) | {"unit": "nats"},
+        }
+
+
+def _dataset(pairs: list[EncodedPair]) -> Any:
+    """What trl's preference collator takes: prompt, chosen and rejected as token ids."""
+    from datasets import Dataset
+
+    def completion(side: Encoded) -> list[int]:
+        return [token for token, trained in zip(side.ids, side.mask, strict=True) if trained]
+
+    return Dataset.from_dict(
+        {
+            "prompt_ids": [chosen.ids[: chosen.mask.index(True)] for _, (chosen, _) in pairs],
+            "chosen_ids": [completion(chosen) for _, (chosen, _) in pairs],
+            "rejected_ids": [completion(rejected) for _, (_, rejected) in pairs],
+        }
+    )

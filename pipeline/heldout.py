@@ -1,0 +1,68 @@
+"""What a model makes of rows it was not trained on: one figure a row, so that differences can be paired."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.chat import Chat, Encoded
+from pipeline.data import Conversation, PreferencePair
+from pipeline.progress import track
+
+
+def losses(model: Any, encoded: Sequence[Encoded], pad_id: int, batch_size: int, what: str) -> list[float]:
+    """Mean negative log-likelihood of each row's trained tokens, nats a token."""
+    sums = log_probs(model, encoded, pad_id, batch_size, what)
+    return [-total / sum(e.mask[1:]) for total, e in zip(sums, encoded, strict=True)]
+
+
+def margins(
+    model: Any, pairs: Sequence[tuple[Encoded, Encoded]], pad_id: int, batch_size: int, what: str
+) -> list[float]:
+    """log p(chosen) − log p(rejected) of each pair, nats. A positive change under training is a right preference."""
+    flat = [side for pair in pairs for side in pair]
+    scores = log_probs(model, flat, pad_id, batch_size, what)
+    return [chosen - rejected for chosen, rejected in zip(scores[::2], scores[1::2], strict=True)]
+
+
+def log_probs(model: Any, encoded: Sequence[Encoded], pad_id: int, batch_size: int, what: str) -> list[float]:
+    """Sum of the log-probabilities of each sequence's trained tokens, nats; float32 whatever the model computes in."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))  # alike lengths together: less padding
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    totals = [0.0] * len(encoded)
+    with torch.inference_mode():
+        for batch in track(batches, what, unit="batch"):
+            longest = max(len(encoded[i].ids) for i in batch)
+            ids = torch.full((len(batch), longest), pad_id)
+            trained = torch.zeros((len(batch), longest), dtype=torch.bool)
+            attention = torch.zeros((len(batch), longest), dtype=torch.long)
+            for row, i in enumerate(batch):
+                length = len(encoded[i].ids)
+                ids[row, :length] = torch.tensor(encoded[i].ids)
+                trained[row, :length] = torch.tensor(encoded[i].mask)
+                attention[row, :length] = 1
+            ids, trained, attention = (t.to(model.device) for t in (ids, trained, attention))
+            logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1]
+            for row, i in enumerate(batch):
+                wanted = trained[row, 1:]
+                targets = ids[row, 1:][wanted]
+                chosen = torch.log_softmax(logits[row][wanted].float(), -1).gather(-1, targets[:, None])
+                totals[i] = chosen.sum().item()
+    model.train(was_training)
+    return totals
+
+
+def encode_pair(chat: Chat, pair: PreferencePair) -> tuple[Encoded, Encoded]:
+    """Prompt + chosen and prompt + rejected; only the completions count."""
+    prompt = chat.prompt(pair.prompt)
+    sides = []
+    for answer in (pair.chosen, pair.rejected):
+        completion = chat.completion([*pair.prompt, *answer])
+        sides.append(Encoded(prompt + completion, [False] * len(prompt) + [True] * len(completion)))
+    return sides[0], sides[1]
+
+
+def encode_conversations(chat: Chat, rows: Sequence[Conversation]) -> list[Encoded]:
+    return [chat.conversation(row.messages) for row in rows]

@@ -1,0 +1,163 @@
+"""The base model: found, checked against the machine, loaded. Only safetensors; remote code only when asked.
+
+`find_base` is cheap and comes before a record exists: it says in one line what is missing (a GPU, the hub, a folder).
+`load` reads the weights.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.chat import Chat
+from pipeline.profile import Profile
+from pipeline.quiet import no_weight_bars
+from pipeline.records.find import sha256
+from pipeline.workspace import Workspace
+
+HUB_TIMEOUT = 5.0  # seconds; a hub that answers does so at once
+TINY_REMEDY = "PROFILE=tiny, which needs no GPU and no hub"
+MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on disk: a plain `transformers` folder, its identity and where it will run."""
+
+    name: str
+    revision: str | None
+    folder: Path
+    device: str  # cuda | cpu
+    dtype: str | None  # bfloat16 | float32 | None: as stored
+    quantization: str  # none | nf4 | int8
+    trust_remote_code: bool
+
+    def identity(self) -> dict[str, Any]:
+        """For the record: one hash over the weights' files."""
+        files = sorted(self.folder.glob("*.safetensors"))
+        digest = hashlib.sha256("".join(f"{f.name} {sha256(f)}\n" for f in files).encode()).hexdigest()
+        return {"name": self.name, "revision": self.revision, "sha256": digest}
+
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+
+    def chat(self) -> Chat:
+        return Chat(self.tokenizer(), self.name)
+
+    def load(self, quantized: bool = False) -> Any:
+        """The model in eval mode. Quantised only for training: merge and evaluation use the base as it is stored."""
+        return load_model(self.folder, self, self.quantization if quantized else "none")
+
+    @property
+    def context(self) -> int | None:
+        """Tokens the model was made for."""
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        return getattr(config, "max_position_embeddings", None)
+
+
+def find_base(workspace: Workspace, profile: Profile) -> Base:
+    """Raises `UserError` when the machine, the hub or the folder is not there."""
+    config = profile.config
+    device = _device(profile)
+    folder, revision = _folder(workspace, profile)
+    if not any(folder.glob("*.safetensors")):
+        raise profile.error("base_model", f"{folder} holds no .safetensors", "a model with safetensors weights")
+    dtype = {"bf16": "bfloat16", "fp32": "float32", "auto": "bfloat16" if device == "cuda" else None}[config.precision]
+    quantization = config.quantization
+    if quantization == "auto":
+        quantization = "none" if _fits(folder, device) else "nf4"
+    return Base(config.base_model, revision, folder, device, dtype, quantization, config.trust_remote_code)
+
+
+def load_model(folder: Path, base: Base, quantization: str = "none") -> Any:
+    """A causal language model from a plain folder, where and how `base` says."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    no_weight_bars()
+    options: dict[str, Any] = {"dtype": base.dtype or "auto", "device_map": {"": base.device}}
+    if quantization == "nf4":
+        import torch
+
+        compute = torch.bfloat16 if base.device == "cuda" else torch.float32
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+        )
+    elif quantization == "int8":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, use_safetensors=True, trust_remote_code=base.trust_remote_code, **options
+    )
+    return model.eval()
+
+
+def _device(profile: Profile) -> str:
+    wanted = profile.config.device
+    if wanted == "cpu":
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if wanted == "cuda":
+        raise profile.error("device", "needs a CUDA GPU and this machine shows none", TINY_REMEDY)
+    return "cpu"
+
+
+def _folder(workspace: Workspace, profile: Profile) -> tuple[Path, str | None]:
+    name, revision = profile.config.base_model, profile.config.revision
+    if name == "tiny":
+        from pipeline.tiny import tiny_base
+
+        return tiny_base(), None
+    local = workspace.path(name)
+    if local.is_dir():
+        return local, None
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise profile.error(
+            "base_model",
+            f"there is no folder {local}",
+            "a hub name such as deepseek-ai/deepseek-coder-7b-instruct-v1.5",
+        )
+    return _from_hub(profile, name, revision)
+
+
+def _from_hub(profile: Profile, name: str, revision: str) -> tuple[Path, str | None]:
+    """The snapshot in the local cache, fetched when it is not there; its commit is the revision of the record."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES, local_files_only=True))
+        if any(folder.glob("*.safetensors")):
+            return folder, folder.name
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        commit = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT).sha
+        return Path(snapshot_download(name, revision=commit, allow_patterns=MODEL_FILES)), commit
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise profile.error(
+            "base_model", f"the hub has no {name} at {revision}, or wants a login", "`hf auth login`"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        what = f"{name} is not in the local cache and the hub cannot be reached ({type(error).__name__})"
+        raise profile.error("base_model", what, f"a local folder, or {TINY_REMEDY}") from None
+
+
+def _fits(folder: Path, device: str) -> bool:
+    """Whether the weights as stored leave a third of the device's memory to training."""
+    import psutil
+    import torch
+
+    size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    memory = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else psutil.virtual_memory().total
+    return size < memory * 2 / 3

@@ -1,0 +1,23 @@
+"""The libraries' own bars, advice and deprecations are kept off the screen; what matters is said by the stages."""
+
+import logging
+import os
+import warnings
+
+
+def quiet() -> None:
+    """Before the libraries are imported, and without importing them."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # true only adds a warning at the first fork
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional CPU kernel that is not there
+    for library in ("transformers", "peft", "trl"):  # names that one of them has not yet caught up with in another
+        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
+
+
+def no_weight_bars() -> None:
+    """transformers' bars over weight files: milliseconds for tiny, and the stage has said that it loads."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,190 @@
+"""What a run was made of: command, code, environment, and what it used. Secrets are taken out on the way."""
+
+import hashlib
+import os
+import platform
+import re
+import resource
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline.config import Cost
+from pipeline.workspace import CHECKOUT, LOCK_FILE
+
+LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "lm-eval")
+WATTS_PER_BUSY_CORE = 10.0  # an assumption, named in every record that uses it
+_SECRETS = re.compile(
+    r"(?P<keep>(?i:api[_-]?key|token|secret|password|passwd|authorization)[\"']?\s*[=:]\s*(?i:bearer\s+)?[\"']?)(?P<a>[^\s\"',&]{6,})"
+    r"|(?P<b>\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|AKIA[A-Z0-9]{12,}|xox[abp]-[A-Za-z0-9-]{10,})"
+    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@))"
+)
+
+
+def redact(text: str) -> str:
+    """API keys, tokens and passwords become `[redacted]`."""
+    return _SECRETS.sub(lambda m: f"{m['keep'] or ''}[redacted]", text)
+
+
+def code(folder: Path) -> dict[str, Any]:
+    """Commit and what differs from it; the patch goes into `folder`, `experiments/` left out of it."""
+    facts: dict[str, Any] = {"command": redact(shlex.join(["aletheia", *sys.argv[1:]])), "cwd": os.getcwd()}
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return facts | {"commit": None, "reason": "the code is not in a git checkout with a commit"}
+    facts["commit"] = commit.decode().strip()
+    patch = _git("diff", "HEAD", "--binary", "--", ".", ":(exclude)experiments") or b""
+    untracked = (
+        (_git("ls-files", "--others", "--exclude-standard", "--", ".", ":(exclude)experiments") or b"")
+        .decode()
+        .split("\n")
+    )
+    facts["dirty"] = bool(patch) or any(untracked)
+    if patch:
+        kept = redact(patch.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+        (folder / "code.patch").write_bytes(kept)
+        facts["patch"] = {"path": f"{folder.name}/code.patch", "sha256": hashlib.sha256(kept).hexdigest()}
+    if any(untracked):
+        facts["untracked"] = [redact(name) for name in untracked if name][:50]
+    return facts
+
+
+def environment() -> dict[str, Any]:
+    """Python, machine and libraries; whether they are the ones the lock file names."""
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "cpu": _cpu_model(),
+        "cores": psutil.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "lock": _lock(),
+    }
+    torch = sys.modules.get("torch")  # a stage that has no use for it does not pay for importing it
+    if torch is not None and torch.cuda.is_available():
+        facts["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+class Meter:
+    """Wall clock, processor time, peak memory, energy and cost from now until `read()`."""
+
+    def __init__(self, cost: Cost) -> None:
+        self.cost = cost
+        self.wall, self.cpu = time.monotonic(), _cpu_seconds()
+        self.gpu_joules = _gpu_joules()
+        self.peak_is_own = _reset_peak_memory()
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def read(self) -> dict[str, Any]:
+        wall, cpu = time.monotonic() - self.wall, _cpu_seconds() - self.cpu
+        facts: dict[str, Any] = {
+            "wall_seconds": round(wall, 2),
+            "cpu_seconds": round(cpu, 2),
+            "peak_memory_gb": round(_peak_memory() / 1e9, 3),
+        }
+        if not self.peak_is_own:
+            facts["peak_memory_note"] = "of the process since it started, earlier stages included"
+        energy = cpu * WATTS_PER_BUSY_CORE / 3.6e6
+        how = f"estimated: {WATTS_PER_BUSY_CORE:.0f} W a busy core"
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            facts["gpu_hours"] = round(wall / 3600 * torch.cuda.device_count(), 4)
+            facts["gpu_peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+            if self.gpu_joules is not None:
+                energy += ((_gpu_joules() or self.gpu_joules) - self.gpu_joules) / 3.6e6
+                how = f"GPU measured; CPU {how}"
+            else:
+                how = f"GPU unknown; CPU {how}"
+        else:
+            facts["gpu_hours"] = 0.0
+        money = facts["gpu_hours"] * self.cost.gpu_hour + energy * self.cost.kwh
+        facts["energy"] = {
+            "kwh": float(f"{energy:.3g}"),
+            "co2_kg": float(f"{energy * self.cost.co2_per_kwh:.3g}"),
+            "how": how,
+        }
+        facts["cost"] = {"amount": float(f"{money:.3g}"), "currency": self.cost.currency}
+        return facts
+
+
+def _git(*arguments: str) -> bytes | None:
+    try:
+        done = subprocess.run(["git", "-C", str(CHECKOUT), *arguments], capture_output=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _lock() -> dict[str, Any]:
+    if not LOCK_FILE.exists():
+        return {"sha256": None}
+    text = LOCK_FILE.read_text("utf-8")
+    pins = (line.split("==") for line in text.splitlines() if "==" in line and not line.startswith("#"))
+    differing = {
+        name: f"{_version(name)} installed, {pin.strip()} locked"
+        for name, pin in pins
+        if (_version(name) or "").split("+")[0] != pin.strip()
+    }
+    return {"sha256": hashlib.sha256(text.encode()).hexdigest(), "differing": differing}
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _cpu_seconds() -> float:
+    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+def _reset_peak_memory() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM starts again from the present size
+    except OSError:
+        return False
+    return True
+
+
+def _peak_memory() -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _gpu_joules() -> float | None:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        devices = (pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(torch.cuda.device_count()))
+        return sum(pynvml.nvmlDeviceGetTotalEnergyConsumption(device) for device in devices) / 1000
+    except Exception:  # any NVML failure (old card, no permission) means the same: not measured
+        return None

@@ -1,0 +1,122 @@
+"""Which record to build on: the one named by FROM, else the newest complete one of the same profile."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.records import ids
+from pipeline.records.file import RecordFile
+from pipeline.records.lifecycle import liveness
+from pipeline.records.schema import Artifact, Facts, Input
+from pipeline.workspace import Workspace
+
+BLOCK = 1 << 20
+
+
+def records(workspace: Workspace) -> Iterator[tuple[RecordFile, Facts]]:
+    """Every record that has run, newest first. One that cannot be read is passed over here, and shown by `exp list`."""
+    for path in ids.newest_first(workspace):
+        file = RecordFile(path)
+        try:
+            facts = file.facts()
+        except UserError:
+            continue
+        if facts is not None:
+            yield file, facts
+
+
+def source(workspace: Workspace, profile: str, stages: list[str], wanted: str | None) -> tuple[RecordFile, Facts]:
+    """The record to take input from: `wanted`, or the newest complete one of the first of `stages` that has any.
+
+    A control (its answers were shuffled) is never taken unless named.
+    """
+    if wanted:
+        file = RecordFile(workspace.experiments / f"{wanted}.yaml")
+        facts = file.facts()
+        if facts is None or facts.stage not in stages:
+            raise UserError(f"is no {' or '.join(stages)} record", where=workspace.shown(file.path))
+        if facts.status != "complete":
+            raise UserError(f"is {liveness(facts)}, not complete", where=workspace.shown(file.path))
+        return file, facts
+    found = [
+        (f, r) for f, r in records(workspace) if r.profile == profile and r.status == "complete" and not _is_control(r)
+    ]
+    for stage in stages:
+        for file, facts in found:
+            if facts.stage == stage:
+                return file, facts
+    what = " or ".join(stages)
+    raise UserError(
+        f"no complete {what} record of profile `{profile}` yet", remedy=f"make {stages[0]} PROFILE={profile}"
+    )
+
+
+def resumable(workspace: Workspace, profile: str, stage: str) -> tuple[RecordFile, Facts]:
+    """The newest record of this stage and profile, if it did not finish and its process is gone."""
+    for file, facts in records(workspace):
+        if facts.profile == profile and facts.stage == stage:
+            state = liveness(facts)
+            if state in ("cancelled", "failed", "dead"):
+                return file, facts
+            remedy = (
+                f"make {stage} PROFILE={profile}, without RESUME" if state == "complete" else "waiting for it to end"
+            )
+            raise UserError(f"nothing to resume: it is {state}", where=workspace.shown(file.path), remedy=remedy)
+    raise UserError(
+        f"nothing to resume: no {stage} record of profile `{profile}`", remedy=f"make {stage} PROFILE={profile}"
+    )
+
+
+def checked_output(workspace: Workspace, file: RecordFile, facts: Facts, folder: str) -> tuple[Path, Input]:
+    """The output folder of a record, after its files were found to be those the record names."""
+    output = workspace.checkpoints / file.id / folder
+    name = workspace.shown(file.path)
+    if not output.is_dir():
+        raise UserError(f"its output {workspace.shown(output)} is gone", where=name, remedy=f"make {facts.stage} again")
+    if not facts.artifacts:
+        raise UserError("names no artifacts", where=name)
+    for artifact in facts.artifacts:
+        path = workspace.path(artifact.path)
+        if not path.is_file():
+            raise UserError(f"its artifact {artifact.path} is gone", where=name, remedy=f"make {facts.stage} again")
+        if sha256(path) != artifact.sha256:
+            raise UserError(
+                f"its artifact {artifact.path} was changed since", where=name, remedy=f"make {facts.stage} again"
+            )
+    combined = hashlib.sha256("".join(a.sha256 for a in facts.artifacts).encode()).hexdigest()
+    return output, Input(id=file.id, stage=facts.stage, path=workspace.shown(output), sha256=combined)
+
+
+def artifacts(workspace: Workspace, folder: Path) -> list[Artifact]:
+    """Every file below `folder`, hashed."""
+    return [
+        Artifact(path=workspace.shown(path), sha256=sha256(path), bytes=path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    ]
+
+
+def link_newest(workspace: Workspace, name: str, target: Path) -> Path:
+    """Points `checkpoints/<name>` at `target`, atomically. A real folder of that name is not touched."""
+    link = workspace.checkpoints / name
+    if link.exists() and not link.is_symlink():
+        raise UserError("is not a link; move it away", where=workspace.shown(link))
+    temporary = link.with_name(f".{name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(target, link.parent))
+    os.replace(temporary, link)
+    return link
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _is_control(facts: Facts) -> bool:
+    return bool(facts.configuration.get("sft_config", {}).get("shuffle_answers"))

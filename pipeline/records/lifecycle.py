@@ -1,0 +1,196 @@
+"""The one place that opens and closes a record; every stage runs inside it.
+
+    with open_record(job, stage="sft", inputs=[…], configuration={…}) as record:
+        record.facts.results["eval_loss"] = …
+
+Whatever ends the block, the record says so: complete, failed (with what, step, rows) or cancelled. A process that is
+killed outright leaves `running`, and `liveness` tells that it is dead.
+"""
+
+import signal
+import socket
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline import yamlio
+from pipeline.errors import AletheiaError, Interrupted, StageFailed
+from pipeline.progress import say
+from pipeline.records import capture, ids
+from pipeline.records.file import RecordFile
+from pipeline.records.schema import Facts, Failure, Input, Lineage, Status, StatusChange
+from pipeline.workspace import Workspace
+
+
+class Record:
+    """An open record: the typed facts, its file, its folder and whether someone asked to stop."""
+
+    def __init__(self, file: RecordFile, facts: Facts, workspace: Workspace) -> None:
+        self.file, self.facts, self.workspace = file, facts, workspace
+        self.id = file.id
+        self.stop = StopRequest()
+        file.folder.mkdir(exist_ok=True)
+
+    @property
+    def folder(self) -> Path:
+        """`experiments/EXP-…/`: logs, rejects, samples."""
+        return self.file.folder
+
+    @property
+    def output(self) -> Path:
+        """`checkpoints/EXP-…/`: what the stage makes."""
+        path = self.workspace.checkpoints / self.id
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def save(self) -> None:
+        self.file.write(self.facts)
+
+    def change_status(self, status: Status, note: str | None = None) -> None:
+        self.facts.status = status
+        self.facts.history.append(_status_change(status, note))
+        self.save()
+
+
+class StopRequest:
+    """Ctrl-C, SIGTERM and SIGHUP. Inside `deferred()` the first one only sets `requested`; otherwise it raises."""
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._deferring = False
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may set handlers
+            return
+        before = {
+            number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        name = signal.Signals(number).name
+        if self._deferring and self.requested is None:
+            self.requested = name
+            say(f"\n{name}: stopping after this step and saving; once more to stop at once")
+            return
+        self.requested = name
+        raise Interrupted(f"interrupted by {name}")
+
+
+@contextmanager
+def open_record(
+    workspace: Workspace,
+    *,
+    stage: str,
+    profile: str,
+    person: dict[str, Any],
+    configuration: dict[str, Any],
+    cost: Any,
+    inputs: list[Input] | None = None,
+    parent: str | None = None,
+    resume: RecordFile | None = None,
+) -> Iterator[Record]:
+    """Opens a new record, or takes `resume` back to running, and closes it whatever happens."""
+    lineage = Lineage(parent=parent, inputs=inputs or [])
+    fresh = Facts(status="running", stage=stage, profile=profile, lineage=lineage, configuration=configuration)
+    file = resume or RecordFile(
+        ids.allocate(workspace, lambda experiment_id, date: _upper_half(experiment_id, date, person))
+    )
+    earlier = file.facts() if resume else None
+    record = Record(file, earlier or fresh, workspace)
+    with record.stop.listening():
+        try:
+            meter = capture.Meter(cost)
+            record.facts.failure = None
+            record.facts.code = capture.code(record.folder)
+            record.change_status("running", "resumed" if earlier else None)
+            say(f"{stage}  {workspace.shown(file.path)}")
+            try:
+                yield record
+            finally:
+                record.facts.environment = capture.environment()
+                record.facts.resources = _add_up(earlier.resources if earlier else {}, meter.read())
+            record.change_status("complete")
+        except (Interrupted, KeyboardInterrupt) as error:
+            record.change_status("cancelled", str(error) or "interrupted")
+            raise error if isinstance(error, Interrupted) else Interrupted("interrupted") from None
+        except BaseException as error:
+            record.facts.failure = _failure(error, record.folder)
+            record.change_status("failed")
+            raise
+
+
+def liveness(facts: Facts) -> str:
+    """The status as it truly is: `dead` for a run whose process is gone."""
+    if facts.status != "running" or not facts.history:
+        return facts.status
+    last = facts.history[-1]
+    if last.host != socket.gethostname():
+        return f"running on {last.host}"
+    try:
+        alive = last.pid is not None and abs(psutil.Process(last.pid).create_time() - (last.started or 0)) < 2
+    except psutil.NoSuchProcess:
+        alive = False
+    return "running" if alive else "dead"
+
+
+def _upper_half(experiment_id: str, date: str, person: dict[str, Any]) -> bytes:
+    top = {"experiment_id": experiment_id, "date": date, **person}
+    text = yamlio.dump(top).replace(f"date: '{date}'", f"date: {date}")
+    text = "".join(line.removesuffix(" null") + "\n" for line in text.splitlines())
+    return f"# Yours. The pipeline never touches what stands above the line.\n{text}\n".encode()
+
+
+def _status_change(status: Status, note: str | None) -> StatusChange:
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    process = psutil.Process()
+    if status != "running":
+        return StatusChange(status=status, at=now, note=note)
+    started = round(process.create_time(), 2)
+    return StatusChange(status=status, at=now, note=note, host=socket.gethostname(), pid=process.pid, started=started)
+
+
+def _failure(error: BaseException, folder: Path) -> Failure:
+    (folder / "traceback.txt").write_text(capture.redact("".join(traceback.format_exception(error))), "utf-8")
+    message = str(error) if isinstance(error, AletheiaError) else f"{type(error).__name__}: {error}"
+    failure = Failure(
+        kind=type(error).__name__, message=capture.redact(message), traceback=f"{folder.name}/traceback.txt"
+    )
+    if isinstance(error, StageFailed):
+        failure.step, failure.rows = error.step, error.rows
+    return failure
+
+
+def _add_up(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The resources of a resumed run are those of all its parts; the peak is the highest."""
+    total = dict(now)
+    for key in ("wall_seconds", "cpu_seconds", "gpu_hours"):
+        total[key] = round(earlier.get(key, 0) + now.get(key, 0), 4)
+    for key in ("peak_memory_gb", "gpu_peak_memory_gb"):
+        if key in now:
+            total[key] = max(earlier.get(key, 0), now[key])
+    for block, keys in (("energy", ("kwh", "co2_kg")), ("cost", ("amount",))):
+        total[block] = now[block] | {
+            key: float(f"{earlier.get(block, {}).get(key, 0) + now[block][key]:.3g}") for key in keys
+        }
+    return total

@@ -1,0 +1,68 @@
+"""The program's half of a record, typed. One version number for all of it."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+SCHEMA_VERSION = 1
+Status = Literal["planned", "running", "complete", "failed", "cancelled"]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class StatusChange(Part):
+    status: Status
+    at: str  # UTC, ISO 8601
+    host: str | None = None
+    pid: int | None = None
+    started: float | None = None  # the process's creation time: a pid alone is reused
+    note: str | None = None
+
+
+class Input(Part):
+    """What a stage built on: another record's output, named by the hash of what was taken."""
+
+    id: str
+    stage: str
+    path: str
+    sha256: str
+
+
+class Lineage(Part):
+    parent: str | None = None  # the pipeline experiment this stage is part of
+    children: list[str] = []
+    base: dict[str, Any] | None = None  # the base model: name, revision, hash of its weights
+    inputs: list[Input] = []
+
+
+class Artifact(Part):
+    path: str
+    sha256: str
+    bytes: int
+
+
+class Failure(Part):
+    kind: str
+    message: str
+    step: int | None = None
+    rows: list[str] = []
+    traceback: str | None = None  # a file beside the record
+
+
+class Facts(Part):
+    schema_version: int = SCHEMA_VERSION
+    status: Status
+    stage: str
+    profile: str
+    history: list[StatusChange] = []
+    lineage: Lineage = Lineage()
+    configuration: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    results: dict[str, Any] = {}
+    artifacts: list[Artifact] = []
+    failure: Failure | None = None
+    code: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
+    resources: dict[str, Any] = {}

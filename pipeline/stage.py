@@ -1,0 +1,125 @@
+"""What every stage has in common: what it is asked, what it must offer, and how it is run.
+
+A stage first prepares: it checks all that can be checked without a record, and a user's mistake ends there. Then its
+record is opened and it runs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
+
+from pipeline.errors import UserError
+from pipeline.profile import Profile
+from pipeline.progress import say
+from pipeline.quiet import quiet
+from pipeline.records import find
+from pipeline.records.file import RecordFile
+from pipeline.records.lifecycle import Record, open_record
+from pipeline.records.schema import Facts, Input
+from pipeline.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the person asked for."""
+
+    workspace: Workspace
+    profile: Profile
+    source: str | None = None  # FROM: the record to build on
+    resume: bool = False
+    hypothesis: str | None = None
+    description: str | None = None
+    parent: str | None = None  # the pipeline experiment this is part of
+
+    @property
+    def config(self) -> Any:
+        return self.profile.config
+
+
+class Stage(Protocol):
+    name: ClassVar[str]
+    inputs: list[Input]
+
+    @classmethod
+    def prepare(cls, job: Job) -> Self:
+        """Checks and loads what needs no record. Raises `UserError`."""
+
+    def plan(self) -> list[tuple[str, str]]:
+        """What `--dry-run` shows: label and value."""
+
+    def run(self, record: Record) -> None:
+        """Does the work, and leaves what it found in `record.facts`."""
+
+
+def run_stage(stage: type[Stage], job: Job) -> Record:
+    """Prepares the stage, opens its record, runs it and closes the record."""
+    quiet()
+    resumed = find.resumable(job.workspace, job.profile.id, stage.name) if job.resume else None
+    if resumed:
+        _same_configuration(job, *resumed)
+    prepared = stage.prepare(job)
+    with open_record(
+        job.workspace,
+        stage=stage.name,
+        profile=job.profile.id,
+        person=persons_half(job, [stage.name]),
+        configuration=job.config.model_dump(mode="json"),
+        cost=job.config.cost,
+        inputs=prepared.inputs,
+        parent=job.parent,
+        resume=resumed[0] if resumed else None,
+    ) as record:
+        prepared.run(record)
+    return record
+
+
+def persons_half(job: Job, stages: Sequence[str]) -> dict[str, Any]:
+    """What a new record says above its line."""
+    return {
+        "profile": job.profile.id,
+        "stages": list(stages),
+        "description": job.description,
+        "hypothesis": job.hypothesis,
+        "overrides": job.profile.overrides,
+        "observations": [],
+        "conclusion": None,
+        "next_steps": [],
+    }
+
+
+@dataclass
+class Source:
+    """What a stage builds on, and how it says so."""
+
+    file: RecordFile
+    facts: Facts
+    output: Path
+    input: Input = field(repr=False)
+
+
+def take(job: Job, stages: list[str], folder: str) -> Source:
+    """The output of the record named by FROM, else of the newest complete one; says which, and checks its hashes."""
+    file, facts = find.source(job.workspace, job.profile.id, stages, job.source)
+    output, taken = find.checked_output(job.workspace, file, facts, folder)
+    say(f"takes {facts.stage} {file.id} ({'named' if job.source else 'the newest complete'})")
+    return Source(file, facts, output, taken)
+
+
+def _same_configuration(job: Job, file: RecordFile, facts: Facts) -> None:
+    """A resume goes on with what was begun: any other configuration is another experiment."""
+    now = _flat(job.config.model_dump(mode="json"))
+    for key, then in _flat(facts.configuration).items():
+        if now.get(key) != then:
+            raise UserError(
+                f"{key} is {now.get(key)!r}, the run to resume has {then!r}",
+                where=job.workspace.shown(file.path),
+                remedy=f"--set {key}={then} or a run of its own, without --resume",
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
