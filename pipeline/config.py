@@ -68,7 +68,9 @@ class DpoConfig(TrainingConfig):
 
 
 class MergeConfig(Section):
-    max_shard_gb: Annotated[float, Field(gt=0)] = Field(4.0, description="size of an output file, GB")
+    check_logits: bool = Field(
+        True, description="compare logits with base + adapter, where the model fits in memory twice"
+    )
 
 
 class ServeConfig(Section):
@@ -82,6 +84,8 @@ class EvalConfig(Section):
     tasks: list[str] = Field(["aletheia_choices"], description="lm-eval-harness tasks; own ones in <eval>/tasks")
     limit: Positive | None = Field(None, description="items of each task; null: all")
     max_tokens: Positive = Field(512, description="tokens generated for a win-rate answer")
+    temperature: Annotated[float, Field(ge=0, le=2)] = Field(0.0, description="of the win-rate answers; 0 is greedy")
+    seed: int = Field(42, description="of the win-rate answers, where they are drawn")
     batch_size: Positive = Field(8, description="rows in one forward pass")
 
 
@@ -110,6 +114,7 @@ class Profile(Section):
     training_data: TrainingData = Field(TrainingData(), description="where the rows are")
     sft_config: SftConfig = Field(SftConfig(), description="supervised fine-tuning")
     dpo_config: DpoConfig = Field(DpoConfig(), description="direct preference optimisation")
+
     merge_config: MergeConfig = Field(MergeConfig(), description="adapter into base")
     serve_config: ServeConfig = Field(ServeConfig(), description="the endpoint")
     eval_config: EvalConfig = Field(EvalConfig(), description="evaluation")

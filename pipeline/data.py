@@ -218,7 +218,7 @@ def _validated(values: dict[str, Any], kind: type[AnyRow], where: str) -> AnyRow
 
 def _shape(kind: type[Row]) -> str:
     texts = [name for name in kind.model_fields if name not in Row.model_fields]
-    named = {Conversation: "conversations", PreferencePair: "preference pairs"}.get(kind)  # type: ignore[call-overload]
+    named = {"Conversation": "conversations", "PreferencePair": "preference pairs"}.get(kind.__name__)
     return SHAPES[named] if named else "{" + ", ".join(f'"{name}"' for name in texts) + "}"
 
 

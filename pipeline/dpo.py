@@ -24,7 +24,7 @@ from pipeline.progress import say
 from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Input
 from pipeline.sft import check_context, lora, same_data
-from pipeline.stage import Job, Source, take
+from pipeline.stage import Job, Source, steps_in_all, take
 
 EncodedPair = tuple[PreferencePair, tuple[Encoded, Encoded]]
 PAIRS_CHECKED = 8  # enough to show a wrong reference, cheap enough to run every time
@@ -50,8 +50,6 @@ class Dpo:
         return cls(job, base, base.chat(), rows, source, [source.input] if source else [])
 
     def plan(self) -> list[tuple[str, str]]:
-        from pipeline.training import steps_in_all
-
         config = self.job.config.dpo_config
         train, held_out = data.split(self.rows, self.job.config.training_data.validation)
         return [

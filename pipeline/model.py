@@ -73,6 +73,22 @@ def find_base(workspace: Workspace, profile: Profile) -> Base:
     return Base(config.base_model, revision, folder, device, dtype, quantization, config.trust_remote_code)
 
 
+def read_config(workspace: Workspace, profile: Profile) -> Any:
+    """The base's `transformers` configuration, without its weights. Raises `UserError` when it cannot be had."""
+    from transformers import AutoConfig
+
+    name, trust = profile.config.base_model, profile.config.trust_remote_code
+    if name == "tiny" or workspace.path(name).is_dir():
+        return AutoConfig.from_pretrained(_folder(workspace, profile)[0], trust_remote_code=trust)
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name, "config.json", revision=profile.config.revision)
+    if isinstance(cached, str):
+        return AutoConfig.from_pretrained(Path(cached).parent, trust_remote_code=trust)
+    commit = _commit_on_hub(profile, name, profile.config.revision)
+    return AutoConfig.from_pretrained(name, revision=commit, trust_remote_code=trust)
+
+
 def load_model(folder: Path, base: Base, quantization: str = "none") -> Any:
     """A causal language model from a plain folder, where and how `base` says."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -127,13 +143,8 @@ def _folder(workspace: Workspace, profile: Profile) -> tuple[Path, str | None]:
 
 def _from_hub(profile: Profile, name: str, revision: str) -> tuple[Path, str | None]:
     """The snapshot in the local cache, fetched when it is not there; its commit is the revision of the record."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES, local_files_only=True))
@@ -141,9 +152,17 @@ def _from_hub(profile: Profile, name: str, revision: str) -> tuple[Path, str | N
             return folder, folder.name
     except LocalEntryNotFoundError:
         pass
+    commit = _commit_on_hub(profile, name, revision)
+    return Path(snapshot_download(name, revision=commit, allow_patterns=MODEL_FILES)), commit
+
+
+def _commit_on_hub(profile: Profile, name: str, revision: str) -> str:
+    """Asks the hub once, briefly. Raises `UserError` when it has no such model or cannot be reached."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
     try:
-        commit = HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT).sha
-        return Path(snapshot_download(name, revision=commit, allow_patterns=MODEL_FILES)), commit
+        return str(HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT).sha)
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise profile.error(
             "base_model", f"the hub has no {name} at {revision}, or wants a login", "`hf auth login`"

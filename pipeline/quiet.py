@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 
 
@@ -11,6 +12,9 @@ def quiet() -> None:
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # true only adds a warning at the first fork
+    if not sys.stderr.isatty():  # in a log: no bar for what takes seconds, and a line every ten for what takes longer
+        os.environ.setdefault("TQDM_DELAY", "5")
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional CPU kernel that is not there
     for library in ("transformers", "peft", "trl"):  # names that one of them has not yet caught up with in another
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)

@@ -20,7 +20,7 @@ from pipeline.model import Base, find_base
 from pipeline.progress import say
 from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Input
-from pipeline.stage import Job
+from pipeline.stage import Job, steps_in_all
 
 
 @dataclass
@@ -41,8 +41,6 @@ class Sft:
         return cls(job, base, base.chat(), rows)
 
     def plan(self) -> list[tuple[str, str]]:
-        from pipeline.training import steps_in_all
-
         config = self.job.config.sft_config
         train, held_out = data.split(self.rows, self.job.config.training_data.validation)
         steps = steps_in_all(config, len(train))
@@ -83,9 +81,8 @@ class Sft:
         if held_out:
             change = statistics.paired(before, after)
             record.facts.results["eval_loss"] = change.model_dump(exclude_none=True) | {"unit": "nats a token"}
-            say(
-                f"held-out loss {change.before.text()} → {change.after.text()} nats a token: {change.verdict(lower_is_better=True)}"
-            )
+            verdict = change.verdict(lower_is_better=True)
+            say(f"held-out loss {change.before.text()} → {change.after.text()} nats a token: {verdict}")
             rows = [{"id": r.id, "before": b, "after": a} for (r, _), b, a in zip(held_out, before, after, strict=True)]
             (record.folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         suffix = "sft-control" if config.shuffle_answers else "sft"
@@ -97,7 +94,7 @@ class Sft:
 
         config, limits = self.job.config.sft_config, self.job.config.training_data
         train, held_out = data.split(self.rows, limits.validation)
-        facts = {"train": data.describe(train), "held_out": data.describe(held_out)}
+        facts: dict[str, Any] = {"train": data.describe(train), "held_out": data.describe(held_out)}
         same_data(self.job, record, facts)
         record.facts.data = facts
         record.facts.results = {}

@@ -4,13 +4,16 @@ A stage first prepares: it checks all that can be checked without a record, and 
 record is opened and it runs.
 """
 
+import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
+from pipeline.config import DpoConfig, SftConfig
 from pipeline.errors import UserError
-from pipeline.profile import Profile
+from pipeline.profile import Profile, load_profile
 from pipeline.progress import say
 from pipeline.quiet import quiet
 from pipeline.records import find
@@ -30,6 +33,7 @@ class Job:
     resume: bool = False
     hypothesis: str | None = None
     description: str | None = None
+    parts: tuple[str, ...] = ()  # of an evaluation; none named: all
     parent: str | None = None  # the pipeline experiment this is part of
 
     @property
@@ -57,13 +61,14 @@ def run_stage(stage: type[Stage], job: Job) -> Record:
     quiet()
     resumed = find.resumable(job.workspace, job.profile.id, stage.name) if job.resume else None
     if resumed:
-        _same_configuration(job, *resumed)
+        job = _as_begun(job, *resumed)
     prepared = stage.prepare(job)
     with open_record(
         job.workspace,
         stage=stage.name,
         profile=job.profile.id,
         person=persons_half(job, [stage.name]),
+        overrides=job.profile.overrides,
         configuration=job.config.model_dump(mode="json"),
         cost=job.config.cost,
         inputs=prepared.inputs,
@@ -106,8 +111,17 @@ def take(job: Job, stages: list[str], folder: str) -> Source:
     return Source(file, facts, output, taken)
 
 
-def _same_configuration(job: Job, file: RecordFile, facts: Facts) -> None:
-    """A resume goes on with what was begun: any other configuration is another experiment."""
+def steps_in_all(config: SftConfig | DpoConfig, rows: int) -> int:
+    """Optimiser steps that `rows` give, as transformers' Trainer counts them."""
+    per_epoch = math.ceil(math.ceil(rows / config.batch_size) / config.gradient_accumulation)
+    return math.ceil(per_epoch * config.epochs)
+
+
+def _as_begun(job: Job, file: RecordFile, facts: Facts) -> Job:
+    """A resume takes up the overrides it began with; any other configuration is another experiment, and refused."""
+    if not job.profile.overrides:
+        assignments = [f"{key}={json.dumps(value)}" for key, value in facts.overrides.items()]
+        job = replace(job, profile=load_profile(job.workspace, str(job.profile.path), assignments))
     now = _flat(job.config.model_dump(mode="json"))
     for key, then in _flat(facts.configuration).items():
         if now.get(key) != then:
@@ -116,6 +130,7 @@ def _same_configuration(job: Job, file: RecordFile, facts: Facts) -> None:
                 where=job.workspace.shown(file.path),
                 remedy=f"--set {key}={then} or a run of its own, without --resume",
             )
+    return job
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -123,3 +138,12 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def dry_run(stage: type[Stage], job: Job) -> None:
+    """Prepares, and says what would be done. Opens no record."""
+    quiet()
+    rows = stage.prepare(job).plan()
+    width = max(len(label) for label, _ in rows)
+    for label, value in rows:
+        say(f"{label:<{width}}  {value}")

@@ -57,12 +57,6 @@ def trainer_arguments(config: SftConfig | DpoConfig, job: Job, base: Base, outpu
     }
 
 
-def steps_in_all(config: SftConfig | DpoConfig, rows: int) -> int:
-    """Optimiser steps that `rows` give."""
-    per_epoch = math.ceil(math.ceil(rows / config.batch_size) / config.gradient_accumulation)
-    return math.ceil(per_epoch * config.epochs)
-
-
 def train(trainer: Any, record: Record, resume: bool) -> dict[str, Any]:
     """Runs the trainer to its end and returns what the record says of it.
 
@@ -78,7 +72,7 @@ def train(trainer: Any, record: Record, resume: bool) -> dict[str, Any]:
             if checkpoint
             else "no whole checkpoint was left: starts from the beginning"
         )
-    with record.stop.deferred(), watch:
+    with record.stop.deferred("stopping after this step and saving"), watch:
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if record.stop.requested and trainer.state.global_step < trainer.state.max_steps:
         done = f"{trainer.state.global_step}/{trainer.state.max_steps}"

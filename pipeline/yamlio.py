@@ -111,7 +111,7 @@ def _refuse_bombs(text: str) -> None:
             aliases += 1
         if depth > MAX_DEPTH or aliases > MAX_ALIASES:
             mark = event.start_mark
-            raise YamlError("nested too deeply or too many aliases", mark.line + 1, mark.column + 1)
+            raise YamlError("nested too deeply or too many aliases", mark.line + 1 if mark else 1)
 
 
 def _collect_lines(node: yaml.Node, at: tuple[str | int, ...], lines: dict[tuple[str | int, ...], int]) -> None:

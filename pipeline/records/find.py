@@ -69,6 +69,19 @@ def resumable(workspace: Workspace, profile: str, stage: str) -> tuple[RecordFil
     )
 
 
+def ancestor(workspace: Workspace, file: RecordFile, facts: Facts, stage: str) -> tuple[RecordFile, Facts] | None:
+    """The record of `stage` that this one builds on, itself included; None when there is none in its lineage."""
+    if facts.stage == stage:
+        return file, facts
+    for taken in facts.lineage.inputs:
+        parent = RecordFile(workspace.experiments / f"{taken.id}.yaml")
+        parents_facts = parent.facts()
+        found = ancestor(workspace, parent, parents_facts, stage) if parents_facts else None
+        if found:
+            return found
+    return None
+
+
 def checked_output(workspace: Workspace, file: RecordFile, facts: Facts, folder: str) -> tuple[Path, Input]:
     """The output folder of a record, after its files were found to be those the record names."""
     output = workspace.checkpoints / file.id / folder

@@ -63,15 +63,16 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested: str | None = None
-        self._deferring = False
+        self._deferring: str | None = None
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
-        self._deferring = True
+    def deferred(self, meanwhile: str = "") -> Iterator[None]:
+        """`meanwhile` tells what goes on after the first signal, and what the second does."""
+        self._deferring = meanwhile
         try:
             yield
         finally:
-            self._deferring = False
+            self._deferring = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -89,9 +90,10 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: Any) -> None:
         name = signal.Signals(number).name
-        if self._deferring and self.requested is None:
+        if self._deferring is not None and self.requested is None:
             self.requested = name
-            say(f"\n{name}: stopping after this step and saving; once more to stop at once")
+            if self._deferring:
+                say(f"\n{name}: {self._deferring}; once more to stop at once")
             return
         self.requested = name
         raise Interrupted(f"interrupted by {name}")
@@ -104,6 +106,7 @@ def open_record(
     stage: str,
     profile: str,
     person: dict[str, Any],
+    overrides: dict[str, Any],
     configuration: dict[str, Any],
     cost: Any,
     inputs: list[Input] | None = None,
@@ -112,7 +115,14 @@ def open_record(
 ) -> Iterator[Record]:
     """Opens a new record, or takes `resume` back to running, and closes it whatever happens."""
     lineage = Lineage(parent=parent, inputs=inputs or [])
-    fresh = Facts(status="running", stage=stage, profile=profile, lineage=lineage, configuration=configuration)
+    fresh = Facts(
+        status="running",
+        stage=stage,
+        profile=profile,
+        lineage=lineage,
+        overrides=overrides,
+        configuration=configuration,
+    )
     file = resume or RecordFile(
         ids.allocate(workspace, lambda experiment_id, date: _upper_half(experiment_id, date, person))
     )

@@ -58,6 +58,7 @@ class Facts(Part):
     profile: str
     history: list[StatusChange] = []
     lineage: Lineage = Lineage()
+    overrides: dict[str, Any] = {}  # of the profile, by --set; a resume takes them up again
     configuration: dict[str, Any] = {}
     data: dict[str, Any] = {}
     results: dict[str, Any] = {}

@@ -4,13 +4,11 @@
 
 A 1.3M-parameter `LlamaForCausalLM` with a byte-level BPE tokenizer and DeepSeek-Coder's chat template and token
 roles, so everything downstream runs the code it runs for the 7B model. It is pretrained on `corpus.jsonl` with fixed
-seeds and kept under a hash of everything that determines it. It is big enough to learn the form of an answer and
-where to stop, and too small to learn content: its figures prove the pipeline, not a model.
+seeds and kept under a hash of everything that determines it (`recipe.py`). It is big enough to learn the form of an
+answer and where to stop, and too small to learn content: its figures prove the pipeline, not a model.
 """
 
 import hashlib
-import json
-import math
 import os
 import platform
 import shutil
@@ -18,19 +16,10 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from pipeline.progress import say, track
-from pipeline.quiet import no_weight_bars
+from pipeline.progress import say
 
 HERE = Path(__file__).parent
-CORPUS = HERE / "corpus.jsonl"
-TEMPLATE = HERE / "chat_template.jinja"
-
-BOS, PAD, EOT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<|EOT|>"  # DeepSeek-Coder's, in its order
-VOCABULARY = 4096
-CONTEXT = 2048
-SHAPE = dict(hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2)
-STEPS, BATCH, SEQUENCE = 400, 8, 256
-MATRIX_LR, VECTOR_LR = 0.02, 3e-3
+DETERMINING = ("corpus.jsonl", "chat_template.jinja", "recipe.py")
 
 
 def tiny_base() -> Path:
@@ -39,117 +28,33 @@ def tiny_base() -> Path:
 
     cache = Path(os.environ.get("ALETHEIA_CACHE") or Path.home() / ".cache" / "aletheia")
     folder = cache / f"tiny-{_recipe_hash()}"
-    if not (folder / "config.json").exists():
+    if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if not (folder / "config.json").exists():
-                say("building the embedded base model `tiny`: once, about a minute on two cores")
-                unfinished = Path(tempfile.mkdtemp(dir=cache, prefix="building-"))
-                try:
-                    _build(unfinished)
-                    unfinished.rename(folder)
-                finally:
-                    shutil.rmtree(unfinished, ignore_errors=True)
+            if not folder.exists():
+                _build_whole(cache, folder)
     return folder
 
 
+def _build_whole(cache: Path, folder: Path) -> None:
+    """Built aside and renamed: a folder of that name is always whole."""
+    from pipeline.tiny.recipe import build
+
+    say("building the embedded base model `tiny`: once, about a minute on two cores")
+    unfinished = Path(tempfile.mkdtemp(dir=cache, prefix="building-"))
+    try:
+        build(unfinished)
+        unfinished.chmod(0o755)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def _recipe_hash() -> str:
-    """Twelve hex digits over all that determines the weights: text, code, template, libraries, processor family."""
+    """Twelve hex digits over all that determines the weights: text, recipe, libraries, processor family."""
     digest = hashlib.sha256()
-    for path in (CORPUS, TEMPLATE, Path(__file__)):
-        digest.update(path.read_bytes())
+    for name in DETERMINING:
+        digest.update((HERE / name).read_bytes())
     digest.update(" ".join(version(p) for p in ("torch", "tokenizers", "transformers")).encode())
     digest.update(platform.machine().encode())
     return digest.hexdigest()[:12]
-
-
-def _build(folder: Path) -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    no_weight_bars()
-    documents = [
-        f"### Instruction:\n{row['instruction']}\n### Response:\n{row['response']}\n{EOT}\n"
-        for row in map(json.loads, CORPUS.read_text("utf-8").splitlines())
-    ]
-    tokenizer = _tokenizer(documents)
-    tokenizer.save_pretrained(folder)
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            max_position_embeddings=CONTEXT,
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            **SHAPE,
-        )
-        model = LlamaForCausalLM(config)
-        _pretrain(model, _sequences(tokenizer, documents))
-    model.save_pretrained(folder)
-
-
-def _tokenizer(documents: list[str]):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[BOS, PAD, EOT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(documents, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=BOS, pad_token=PAD, eos_token=EOT, model_max_length=CONTEXT
-    )
-    tokenizer.chat_template = TEMPLATE.read_text("utf-8")
-    return tokenizer
-
-
-def _sequences(tokenizer, documents: list[str]):
-    """All documents end to end, cut into rows `(rows, SEQUENCE)`, in a fixed random order."""
-    import torch
-
-    tokens: list[int] = []
-    for ids in tokenizer(documents, add_special_tokens=False)["input_ids"]:
-        tokens += [tokenizer.bos_token_id, *ids]
-    rows = len(tokens) // SEQUENCE
-    return torch.tensor(tokens[: rows * SEQUENCE]).view(rows, SEQUENCE)[torch.randperm(rows)]
-
-
-def _pretrain(model, sequences) -> None:
-    """Muon on the matrices and AdamW on the rest: AdamW alone learns far less in a minute."""
-    import torch
-    import torch.nn.functional as F
-
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    vectors = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=MATRIX_LR, momentum=0.95, weight_decay=0.0),
-        torch.optim.AdamW(vectors, lr=VECTOR_LR, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-
-    def rate(step: int) -> float:  # ten steps of warm-up, then flat, then down over the last 40 %
-        return max(0.02, min(1.0, (step + 1) / 10) * min(1.0, (1 - step / STEPS) / 0.4))
-
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
-    for step in track(range(STEPS), "pretraining tiny", unit="step"):
-        start = step * BATCH % (len(sequences) - BATCH)
-        batch = sequences[start : start + BATCH]
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-    if not math.isfinite(loss.item()):
-        raise RuntimeError("pretraining tiny diverged")

@@ -57,7 +57,7 @@ def docstrings_and_code(module: str, source: str) -> Iterator[tuple[bool, str, s
 
 def main() -> None:
     prose = list(topics())
-    code = []
+    code: list[tuple[str, str]] = []
     for module, source in modules():
         for is_code, instruction, response in docstrings_and_code(module, source):
             (code if is_code else prose).append((instruction, response))

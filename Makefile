@@ -1,0 +1,52 @@
+# The front door. Each target is one call of the `aletheia` command; `make` alone lists them.
+
+PYTHON  ?= python3
+PROFILE ?= deepseek-coder-7b
+ALETHEIA = .venv/bin/aletheia
+
+# make's words into the command's: SET="a=1 b=2", FROM=EXP-…, RESUME=1, BACKEND=…, ARGS=…
+profile  = --profile "$(PROFILE)" $(foreach pair,$(SET),--set "$(pair)") $(ARGS)
+from     = $(if $(FROM),--from "$(FROM)")
+resume   = $(if $(filter-out 0,$(RESUME)),--resume)
+
+.NOTPARALLEL:
+.SILENT:
+.PHONY: help setup lock demo data sft dpo merge serve eval test lint
+
+help:
+	echo "make demo            the whole pipeline on the embedded tiny model, on a CPU"
+	echo "make test            the tests            make lint   formatter, linter, types"
+	echo "make data sft dpo merge PROFILE=…         the stages, in this order"
+	echo "make serve PROFILE=…                      an OpenAI-compatible endpoint on 127.0.0.1:8000"
+	echo "make eval PROFILE=…                       held-out rows, benchmarks, win-rate against the base"
+	echo "with SET=\"sft_config.epochs=1.0 …\"  FROM=EXP-…  RESUME=1  ARGS=…"
+
+setup: .venv/.installed
+.venv/.installed: requirements.lock pyproject.toml bootstrap.py
+	$(PYTHON) bootstrap.py
+
+lock: # every package anew, from the names in pyproject.toml
+	$(PYTHON) bootstrap.py --lock
+
+demo: setup
+	$(ALETHEIA) demo --profile "$(if $(filter command line environment,$(origin PROFILE)),$(PROFILE),tiny)" $(foreach pair,$(SET),--set "$(pair)") $(ARGS)
+
+data: setup
+	$(ALETHEIA) data snapshot $(profile)
+sft: setup
+	$(ALETHEIA) sft $(profile) $(resume)
+dpo: setup
+	$(ALETHEIA) dpo $(profile) $(from) $(resume)
+merge: setup
+	$(ALETHEIA) merge $(profile) $(from)
+serve: setup
+	$(ALETHEIA) serve $(profile) $(from) $(if $(BACKEND),--backend "$(BACKEND)")
+eval: setup
+	$(ALETHEIA) eval $(profile) $(from)
+
+test: setup
+	.venv/bin/python -m pytest $(ARGS)
+lint: setup
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy

@@ -1,0 +1,299 @@
+"""The `aletheia` command: parses, calls the stage, prints errors.
+
+Nothing heavy is imported before it is needed, so help is instant.
+
+aletheia --help
+"""
+
+import json
+import os
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+from typer.exceptions import Abort, Exit, TyperException
+
+from pipeline.errors import AletheiaError, UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+exp_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data", help="Training data: check it, see what is trained, snapshot it.")
+app.add_typer(config_app, name="config", help="Profiles: what is in effect, and why.")
+app.add_typer(exp_app, name="exp", help="Experiment records.")
+
+ProfileOption = Annotated[str, typer.Option("--profile", help="Name in configs/, or a file.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the profile's value; repeatable.")]
+FromOption = Annotated[str | None, typer.Option("--from", help="Record to build on; default: the newest complete one.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the newest interrupted run of this stage.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+HypothesisOption = Annotated[str | None, typer.Option("--hypothesis", help="What you expect; kept in the record.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="The data alone, as JSON, on stdout.")]
+DEFAULT = "deepseek-coder-7b"
+
+
+@app.callback()
+def _root() -> None:
+    """Fine-tunes a code model (SFT, DPO, merge, serve, eval) and writes a truthful record of every stage.
+
+    \b
+    Example:  aletheia sft --profile tiny && aletheia dpo --profile tiny
+    Errors are one line; add --debug for the traceback.
+    """
+
+
+@app.command()
+def sft(
+    profile: ProfileOption = DEFAULT,
+    set_: SetOption = None,
+    resume: ResumeOption = False,
+    dry_run: DryRunOption = False,
+    hypothesis: HypothesisOption = None,
+) -> None:
+    """Supervised fine-tuning: a LoRA adapter on the base model.
+
+    \b
+    Example:  aletheia sft --profile tiny --set sft_config.epochs=1.0
+    """
+    from pipeline.sft import Sft
+
+    _run(Sft, profile, set_, dry_run, resume=resume, hypothesis=hypothesis)
+
+
+@app.command()
+def dpo(
+    profile: ProfileOption = DEFAULT,
+    set_: SetOption = None,
+    source: FromOption = None,
+    resume: ResumeOption = False,
+    dry_run: DryRunOption = False,
+    hypothesis: HypothesisOption = None,
+) -> None:
+    """Preference optimisation: continues the newest SFT adapter (or, with --from base, starts on the base).
+
+    \b
+    Example:  aletheia dpo --profile tiny --from EXP-2026-11-20-001
+    """
+    from pipeline.dpo import Dpo
+
+    _run(Dpo, profile, set_, dry_run, source=source, resume=resume, hypothesis=hypothesis)
+
+
+@app.command()
+def merge(
+    profile: ProfileOption = DEFAULT,
+    set_: SetOption = None,
+    source: FromOption = None,
+    dry_run: DryRunOption = False,
+    hypothesis: HypothesisOption = None,
+) -> None:
+    """Merges the newest DPO (else SFT) adapter into the base, with a receipt.
+
+    \b
+    Example:  aletheia merge --profile tiny
+    """
+    from pipeline.merge import Merge
+
+    _run(Merge, profile, set_, dry_run, source=source, hypothesis=hypothesis)
+
+
+@app.command()
+def serve(
+    profile: ProfileOption = DEFAULT,
+    set_: SetOption = None,
+    source: FromOption = None,
+    backend: Annotated[str, typer.Option(help="auto or transformers.")] = "auto",
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
+    dry_run: DryRunOption = False,
+    parent: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Serves the newest merged model (else adapter) with OpenAI's API, until Ctrl-C.
+
+    \b
+    Example:  aletheia serve --profile tiny --port 8001
+    """
+    from serving.serve import BACKENDS, Serve
+
+    if backend not in BACKENDS:
+        what = f"there is no backend `{backend}` yet"
+        raise UserError(what, where="--backend", remedy=" or ".join(BACKENDS))
+    given = [f"serve_config.host={host}"] if host is not None else []
+    given += [f"serve_config.port={port}"] if port is not None else []
+    _run(Serve, profile, [*(set_ or []), *given], dry_run, source=source, parent=parent)
+
+
+@app.command("eval")
+def eval_(
+    parts: Annotated[list[str] | None, typer.Argument(help="heldout, benchmarks, winrate; default: all.")] = None,
+    profile: ProfileOption = DEFAULT,
+    set_: SetOption = None,
+    source: FromOption = None,
+    dry_run: DryRunOption = False,
+    hypothesis: HypothesisOption = None,
+) -> None:
+    """Judges the newest model against its base: held-out rows, lm-eval-harness tasks, win-rate.
+
+    \b
+    Example:  aletheia eval heldout winrate --profile tiny
+    """
+    from eval.evaluate import PARTS, Evaluate
+
+    for part in parts or []:
+        if part not in PARTS:
+            raise UserError(f"there is no part `{part}`", where="eval", remedy=", ".join(PARTS))
+    _run(Evaluate, profile, set_, dry_run, source=source, hypothesis=hypothesis, parts=tuple(parts or ()))
+
+
+@app.command()
+def demo(profile: ProfileOption = "tiny", set_: SetOption = None) -> None:
+    """The whole pipeline as one experiment: data, sft, dpo, merge, serve, eval, and what it all shows.
+
+    \b
+    Example:  aletheia demo --profile tiny
+    """
+    from aletheia.demo import run_demo
+
+    _print_record(run_demo(_job(profile, set_)))
+
+
+@data_app.command("check")
+def data_check(
+    paths: Annotated[list[str], typer.Argument(help="JSONL files or folders.")], as_json: JsonOption = False
+) -> None:
+    """Reads every row and says what is there; the first row that is not right is named.
+
+    \b
+    Example:  aletheia data check data/sft data/dpo
+    """
+    from aletheia.data_commands import check
+
+    check(paths, as_json)
+
+
+@data_app.command("show")
+def data_show(
+    path: Annotated[str, typer.Argument(help="A JSONL file or folder of conversations or preference pairs.")],
+    profile: ProfileOption = DEFAULT,
+    row: Annotated[str | None, typer.Option("--row", help="Its id; default: the first.")] = None,
+) -> None:
+    """Shows one row as the model meets it: what stands between ⟦ and ⟧ is trained, nothing else.
+
+    \b
+    Example:  aletheia data show data/sft --profile tiny --row devops-sft-001
+    """
+    from aletheia.data_commands import show
+
+    show(path, _job(profile, None), row)
+
+
+@data_app.command("snapshot")
+def data_snapshot(profile: ProfileOption = DEFAULT, set_: SetOption = None, dry_run: DryRunOption = False) -> None:
+    """Checks the profile's data and records its counts, split and hash.
+
+    \b
+    Example:  aletheia data snapshot --profile tiny
+    """
+    from pipeline.snapshot import Snapshot
+
+    _run(Snapshot, profile, set_, dry_run)
+
+
+@config_app.command("explain")
+def config_explain(profile: ProfileOption = DEFAULT, set_: SetOption = None, as_json: JsonOption = False) -> None:
+    """Every effective value, where it came from, and what follows from it.
+
+    \b
+    Example:  aletheia config explain --profile tiny --set sft_config.epochs=1.0
+    """
+    from aletheia.explain import explain
+
+    explain(_job(profile, set_), as_json)
+
+
+@exp_app.command("list")
+def exp_list(as_json: JsonOption = False) -> None:
+    """All records, newest first, with their true status: a run whose process is gone is dead.
+
+    \b
+    Example:  aletheia exp list
+    """
+    from aletheia.summary import list_records
+    from pipeline.workspace import Workspace
+
+    list_records(Workspace.find(), as_json)
+
+
+def main() -> None:
+    """Runs the command and prints what went wrong in one line."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        code = app(standalone_mode=False)
+    except AletheiaError as error:
+        code = _report(str(error), error.exit_code, debug)
+    except Exit as error:
+        code = error.exit_code
+    except (Abort, KeyboardInterrupt):
+        code = _report("interrupted", 130, debug)
+    except TyperException as error:
+        code = _usage(error, debug)
+    except OSError as error:
+        code = _report(f"{error.filename or 'the system'}: {error.strerror or error}", 1, debug)
+    except Exception as error:
+        code = _report(f"unexpected {type(error).__name__}: {error}; --debug shows where", 1, debug)
+    sys.stdout.flush()
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: TyperException, debug: bool) -> int:
+    """A command typed wrongly, or one typed alone that only has subcommands: that shows its help."""
+    message = error.format_message()
+    if message.startswith("Usage:"):
+        print(message)
+        return 0
+    context = getattr(error, "ctx", None)
+    return _report(f"{message.rstrip('.')}; try {context.command_path if context else 'aletheia'} --help", 2, debug)
+
+
+def _report(line: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {line}", file=sys.stderr)
+    return code
+
+
+def _job(profile: str, assignments: list[str] | None, **options: Any) -> Any:
+    from pipeline.profile import load_profile
+    from pipeline.stage import Job
+    from pipeline.workspace import Workspace
+
+    workspace = Workspace.find()
+    return Job(workspace, load_profile(workspace, profile, assignments), **options)
+
+
+def _run(stage: Any, profile: str, assignments: list[str] | None, dry_run: bool, **options: Any) -> None:
+    from pipeline.stage import dry_run as plan
+    from pipeline.stage import run_stage
+
+    job = _job(profile, assignments, **options)
+    if dry_run:
+        plan(stage, job)
+    else:
+        _print_record(run_stage(stage, job))
+
+
+def _print_record(record: Any) -> None:
+    """The record's path alone, on stdout."""
+    print(record.workspace.shown(record.file.path))
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    main()

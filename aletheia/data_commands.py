@@ -1,0 +1,100 @@
+"""`aletheia data check` and `aletheia data show`."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from pipeline import data
+from pipeline.errors import UserError
+from pipeline.stage import Job
+from pipeline.workspace import Workspace
+
+KINDS: dict[str, type[data.Row]] = {
+    "messages": data.Conversation,
+    "chosen": data.PreferencePair,
+    "key_points": data.Question,
+    "choices": data.MultipleChoice,
+}
+
+
+def check(paths: list[str], as_json: bool) -> None:
+    from aletheia.cli import print_json
+    from aletheia.summary import print_table
+
+    workspace = Workspace.find()
+    found = []
+    for name in paths:
+        for path in _files(workspace, name):
+            rows = data.read_rows(workspace, str(path), _kind(path, workspace))
+            found.append({"path": workspace.shown(path), "kind": type(rows[0]).__name__} | data.describe(rows))
+    if as_json:
+        print_json(found)
+        return
+    table = [(f["path"], f["kind"], f["rows"], ", ".join(f"{d} {n}" for d, n in f["domains"].items())) for f in found]
+    print_table(("file", "rows are", "rows", "domains"), table, sys.stdout)
+
+
+def show(path: str, job: Job, wanted: str | None) -> None:
+    """Prints the sequence as the model meets it; what is trained stands between ⟦ and ⟧."""
+    from pipeline.heldout import encode_pair
+    from pipeline.model import find_base
+
+    files = _files(job.workspace, path)
+    kind = _kind(files[0], job.workspace)
+    rows = data.read_rows(job.workspace, path, kind)
+    row = next((r for r in rows if wanted in (None, r.id)), None)
+    if row is None:
+        raise UserError(f"there is no row `{wanted}`", where=path, remedy=f"--row {rows[0].id}")
+    chat = find_base(job.workspace, job.profile).chat()
+    if isinstance(row, data.Conversation):
+        sequences = {"conversation": chat.conversation(row.messages)}
+    elif isinstance(row, data.PreferencePair):
+        chosen, rejected = encode_pair(chat, row)
+        sequences = {"chosen": chosen, "rejected": rejected}
+    else:
+        raise UserError("these rows are not trained on: they are for evaluation", where=row.where)
+    for name, encoded in sequences.items():
+        trained = sum(encoded.mask)
+        print(f"# {row.where}  {row.id}  {name}: {len(encoded.ids)} tokens, {trained} trained")
+        print(_marked(chat, encoded))
+
+
+def _marked(chat: Any, encoded: Any) -> str:
+    """The decoded tokens, run by run."""
+    runs: list[tuple[bool, list[int]]] = []
+    for token, trained in zip(encoded.ids, encoded.mask, strict=True):
+        if not runs or runs[-1][0] != trained:
+            runs.append((trained, []))
+        runs[-1][1].append(token)
+    texts = ((trained, chat.tokenizer.decode(ids)) for trained, ids in runs)
+    return "".join(f"⟦{text}⟧" if trained else text for trained, text in texts)
+
+
+def _files(workspace: Workspace, name: str) -> list[Path]:
+    path = workspace.path(name)
+    return sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+
+
+def _kind(path: Path, workspace: Workspace) -> type[data.Row]:
+    """By the fields of the first row that can be read."""
+    seen: Counter[str] = Counter()
+    try:
+        with path.open("rb") as lines:
+            for line in lines:
+                try:
+                    values = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(values, dict):
+                    for field, kind in KINDS.items():
+                        if field in values:
+                            return kind
+                    seen.update(values)
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=workspace.shown(path)) from None
+    shapes = "; ".join(data.SHAPES.values())
+    raise UserError(
+        f"rows of no known shape (found: {', '.join(seen) or 'nothing'})", where=workspace.shown(path), remedy=shapes
+    )

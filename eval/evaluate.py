@@ -1,0 +1,175 @@
+"""Eval: the newest model against its base, on rows neither was trained on.
+
+    aletheia eval --profile tiny        make eval PROFILE=tiny
+    aletheia eval heldout winrate --profile tiny
+
+`heldout`: loss, perplexity and preference accuracy on the rows that training held out. `benchmarks`: lm-eval-harness
+tasks. `winrate`: answers to open questions, compared by the simplest judge, which says how weak it is. One model is in
+memory at a time; every figure is paired item by item and carries its interval. What is compared is written item by item
+beside the record.
+"""
+
+import gc
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from eval import benchmarks, judge, winrate
+from eval.measure import Items, Measurement, measure
+from pipeline import data, statistics
+from pipeline.chat import Chat
+from pipeline.errors import UserError
+from pipeline.model import Base
+from pipeline.progress import say
+from pipeline.records import find
+from pipeline.records.lifecycle import Record
+from pipeline.records.schema import Input
+from pipeline.stage import Job, Source
+from serving.serve import load_source, model_name, servable
+
+PARTS = ("heldout", "benchmarks", "winrate")
+
+
+@dataclass
+class Evaluate:
+    name: ClassVar[str] = "eval"
+
+    job: Job
+    base: Base
+    chat: Chat
+    source: Source
+    items: Items
+    inputs: list[Input]
+
+    @classmethod
+    def prepare(cls, job: Job) -> Self:
+        source, base, chat = servable(job)
+        if chat.contract != base.chat().contract:
+            raise UserError("its chat template is not its base's", where=chat.name)
+        items = _items(job, source, job.parts or PARTS)
+        if items.questions:
+            say(f"win-rate: {winrate.planned_precision(len(items.questions))}")
+        return cls(job, base, chat, source, items, [source.input])
+
+    def plan(self) -> list[tuple[str, str]]:
+        items = self.items
+        return [
+            ("model", f"{model_name(self.job, self.source)} ({self.source.file.id}) against {self.base.name}"),
+            ("held out", f"{len(items.conversations)} conversations, {len(items.pairs)} pairs"),
+            ("benchmarks", ", ".join(self.job.config.eval_config.tasks) if items.tasks else "none"),
+            ("open questions", str(len(items.questions))),
+        ]
+
+    def run(self, record: Record) -> None:
+        config = self.job.config.eval_config
+        record.facts.lineage.base = self.base.identity()
+        record.facts.data = {"contract": self.chat.contract.sha256} | {
+            name: data.describe(rows) for name, rows in vars(self.items).items() if rows and name != "tasks"
+        }
+        base = measure(self.base.load(), self.chat, self.items, config, "base")
+        gc.collect()
+        label = model_name(self.job, self.source)
+        tuned = measure(load_source(self.source, self.base), self.chat, self.items, config, label)
+
+        results: dict[str, Any] = {"model": label, "against": self.base.name}
+        if self.items.conversations:
+            results |= self._losses(base, tuned)
+        if self.items.pairs:
+            results |= self._preferences(base, tuned)
+        if self.items.tasks:
+            results |= self._benchmarks(base, tuned)
+        if self.items.questions:
+            results |= self._win_rate(record, base, tuned)
+        record.facts.results = results
+
+    def _losses(self, base: Measurement, tuned: Measurement) -> dict[str, Any]:
+        change = statistics.paired(base.losses, tuned.losses)
+        ends = {end: round(math.exp(getattr(change, end).value), 2) for end in ("before", "after")}
+        say(f"held-out loss {change.before.text()} → {change.after.text()} nats a token: {change.verdict(True)}")
+        return {"eval_loss": _plain(change) | {"unit": "nats a token"}, "perplexity": ends}
+
+    def _preferences(self, base: Measurement, tuned: Measurement) -> dict[str, Any]:
+        """Share of held-out pairs where the model prefers the chosen more than its base does."""
+        gained = sum(after > before for before, after in zip(base.margins, tuned.margins, strict=True))
+        accuracy = statistics.proportion(gained, len(tuned.margins))
+        margin = statistics.paired(base.margins, tuned.margins)
+        say(f"held-out preference accuracy {accuracy.text()} against the base; chance is 0.5")
+        return {"preference_accuracy": _plain(accuracy) | {"chance": 0.5}, "margin": _plain(margin) | {"unit": "nats"}}
+
+    def _benchmarks(self, base: Measurement, tuned: Measurement) -> dict[str, Any]:
+        results = {}
+        for name, scores in tuned.scores.items():
+            before, after = ([m.scores[name].items[i] for i in sorted(scores.items)] for m in (base, tuned))
+            change = statistics.paired(before, after, shares=set(before + after) <= {0.0, 1.0})
+            gained = sum(a > b for b, a in zip(before, after, strict=True))
+            lost = sum(a < b for b, a in zip(before, after, strict=True))
+            p_value = statistics.sign_test(gained, lost)  # on 0/1 items: McNemar's exact test
+            say(f"{name} {scores.metric} {change.before.text()} → {change.after.text()}: {change.verdict(False)}")
+            facts = {"metric": scores.metric, "version": scores.version, "mcnemar_p": round(p_value, 4)}
+            results[name] = _plain(change) | facts
+        return {"benchmarks": results}
+
+    def _win_rate(self, record: Record, base: Measurement, tuned: Measurement) -> dict[str, Any]:
+        decode = self.chat.tokenizer.decode
+        ours, theirs = ([decode(a.tokens).strip() for a in m.answers] for m in (tuned, base))
+        result = winrate.win_rate(self.items.questions, ours, theirs)
+        before, after = ([float(a.finish_reason == "stop") for a in m.answers] for m in (base, tuned))
+        stops = statistics.paired(before, after, shares=True)
+        before, after = ([float(len(a.tokens)) for a in m.answers] for m in (base, tuned))
+        lengths = statistics.paired(before, after)
+        with (record.folder / "answers.jsonl").open("w", encoding="utf-8") as out:
+            for question, a, b, score in zip(self.items.questions, ours, theirs, result.scores, strict=True):
+                row = {"id": question.id, "prompt": question.prompt, "model": a, "base": b, "score": score}
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+        say(f"win-rate against the base {result.rate.text()}: {result.verdict}")
+        say(f"  the judge is weak: {judge.WEAKNESS}; if the longer simply won: {result.longest_wins.text()}")
+        tokens = f"{lengths.before.value:.0f} → {lengths.after.value:.0f} tokens long"
+        ending = f"{stops.before.value:.0%} → {stops.after.value:.0%} end by themselves"
+        say(f"answers: {tokens}, {ending} within {self.job.config.eval_config.max_tokens}")
+        return {
+            "win_rate": _plain(result.rate) | {
+                "wins": result.wins, "ties": result.ties, "losses": result.losses,
+                "sign_test_p": round(result.p_value, 4), "judge": judge.NAME, "weakness": judge.WEAKNESS,
+                "longest_wins": _plain(result.longest_wins),
+                "agrees_with_longest": _plain(result.agrees_with_longest) if result.agrees_with_longest else None,
+            },
+            "stops_by_itself": _plain(stops),
+            "answer_tokens": _plain(lengths),
+        }  # fmt: skip
+
+
+def _items(job: Job, source: Source, parts: tuple[str, ...] | list[str]) -> Items:
+    """What the parts need. Held-out rows are those that the training of this very model held out."""
+    paths, items = job.config.training_data, Items()
+    folder = job.workspace.path(paths.eval)
+    if "heldout" in parts:
+        items.conversations = _held_out(job, source, "sft", paths.sft, data.Conversation)
+        items.pairs = _held_out(job, source, "dpo", paths.dpo, data.PreferencePair)
+    if "benchmarks" in parts:
+        items.tasks = benchmarks.find_tasks(folder, job.config.eval_config.tasks)
+    if "winrate" in parts:
+        items.questions = data.read_rows(job.workspace, f"{paths.eval}/questions", data.Question)
+    return items
+
+
+def _held_out(job: Job, source: Source, stage: str, path: str, kind: Any) -> list[Any]:
+    """Raises `UserError` when the rows changed since training: some of them may then have been trained on."""
+    ancestor = find.ancestor(job.workspace, source.file, source.facts, stage)
+    if ancestor is None:
+        return []  # an SFT-only model has seen no pairs, and pairs are then not its measure
+    file, facts = ancestor
+    _, held_out = data.split(data.read_rows(job.workspace, path, kind), job.config.training_data.validation)
+    if not held_out:
+        return []
+    if data.describe(held_out)["sha256"] != facts.data.get("held_out", {}).get("sha256"):
+        raise UserError(
+            f"the rows that {file.id} held out are not the ones held out now: some may have been trained on",
+            where=path,
+            remedy=f"the rows and training_data.validation of {file.id}, or training again",
+        )
+    return held_out
+
+
+def _plain(figures: statistics.Figure | statistics.Change) -> dict[str, Any]:
+    return figures.model_dump(exclude_none=True)

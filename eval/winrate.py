@@ -1,0 +1,90 @@
+"""Win-rate of one model's answers against another's on the same open questions.
+
+The unit is the question: 1, ½ or 0. The interval is Student's t on these scores, the test the exact sign test on
+decisive questions. Before it runs it says the smallest difference that so many questions can show, and beside the
+judge it shows how the answers fare when the longer simply wins.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from eval import judge
+from pipeline import statistics
+from pipeline.data import Question
+from pipeline.statistics import Figure
+
+USUAL_DEVIATION = 0.41  # of per-question scores, as measured in the field; only for planning n
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """`rate` with its interval, the counts behind it, and the controls."""
+
+    rate: Figure
+    wins: int
+    ties: int
+    losses: int
+    p_value: float
+    longest_wins: Figure
+    agrees_with_longest: Figure | None
+    scores: list[float]
+
+    @property
+    def verdict(self) -> str:
+        """Outside the noise, and whether mere length would have said the same."""
+        side = _side(self.rate)
+        if side == 0:
+            return "no difference shown"
+        word = "more wins" if side > 0 else "fewer wins"
+        return (
+            f"{word}, as by length alone: no quality shown"
+            if _side(self.longest_wins) == side
+            else f"{word} by this judge"
+        )
+
+
+def planned_precision(n: int) -> str:
+    """What to say before the run."""
+    least = statistics.smallest_difference(n, USUAL_DEVIATION)
+    return f"{n} questions can show a win-rate that differs from 0.5 by {least:.2f} or more (80 % power)"
+
+
+def win_rate(questions: Sequence[Question], answers: Sequence[str], opponents: Sequence[str]) -> WinRate:
+    """Raises ValueError when the three do not belong together."""
+    if not len(questions) == len(answers) == len(opponents):
+        raise ValueError("one answer of each side to every question")
+    scores = [judge.compare(q, a, o) for q, a, o in zip(questions, answers, opponents, strict=True)]
+    longest = [_longer(a, o) for a, o in zip(answers, opponents, strict=True)]
+    wins, losses = scores.count(1.0), scores.count(0.0)
+    decisive = [(s, by_length) for s, by_length in zip(scores, longest, strict=True) if s != 0.5 and by_length != 0.5]
+    agreement = (
+        statistics.proportion(sum(s == by_length for s, by_length in decisive), len(decisive)) if decisive else None
+    )
+    return WinRate(
+        rate=_within_unit(statistics.mean(scores)),
+        wins=wins,
+        ties=len(scores) - wins - losses,
+        losses=losses,
+        p_value=statistics.sign_test(wins, losses),
+        longest_wins=_within_unit(statistics.mean(longest)),
+        agrees_with_longest=agreement,
+        scores=scores,
+    )
+
+
+def _side(rate: Figure) -> int:
+    """1 above one half, −1 below, 0 where the interval does not say."""
+    if rate.ci_low is None or rate.ci_high is None:
+        return 0
+    return int(rate.ci_low > 0.5) - int(rate.ci_high < 0.5)
+
+
+def _longer(answer: str, opponent: str) -> float:
+    return 0.5 if len(answer) == len(opponent) else float(len(answer) > len(opponent))
+
+
+def _within_unit(figure: Figure) -> Figure:
+    if figure.ci_low is None or figure.ci_high is None or math.isnan(figure.ci_low):
+        return figure
+    return figure.model_copy(update={"ci_low": max(0.0, figure.ci_low), "ci_high": min(1.0, figure.ci_high)})

@@ -1,0 +1,65 @@
+"""Data: reads all rows of a profile, checks them, and records counts, split and hashes.
+
+    aletheia data snapshot --profile tiny        make data PROFILE=tiny
+
+Training reads the same rows again and records their hashes itself; this stage is for looking before training, and the
+first step of a pipeline. It checks form, not quality.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+from pipeline import data
+from pipeline.progress import say
+from pipeline.records.lifecycle import Record
+from pipeline.records.schema import Input
+from pipeline.stage import Job
+
+
+@dataclass
+class Snapshot:
+    name: ClassVar[str] = "data"
+
+    job: Job
+    sft: list[data.Conversation]
+    dpo: list[data.PreferencePair]
+    questions: list[data.Question]
+    choices: list[data.MultipleChoice]
+    inputs: list[Input] = field(default_factory=list)
+
+    @classmethod
+    def prepare(cls, job: Job) -> Self:
+        paths, workspace = job.config.training_data, job.workspace
+        return cls(
+            job,
+            data.read_rows(workspace, paths.sft, data.Conversation),
+            data.read_rows(workspace, paths.dpo, data.PreferencePair),
+            data.read_rows(workspace, f"{paths.eval}/questions", data.Question),
+            data.read_rows(workspace, f"{paths.eval}/choices", data.MultipleChoice),
+        )
+
+    def plan(self) -> list[tuple[str, str]]:
+        return [
+            ("sft", self._split_text(self.sft)),
+            ("dpo", self._split_text(self.dpo)),
+            ("eval", f"{len(self.questions)} open questions, {len(self.choices)} multiple choice"),
+        ]
+
+    def run(self, record: Record) -> None:
+        record.facts.data = {
+            "sft": self._split(self.sft),
+            "dpo": self._split(self.dpo),
+            "questions": data.describe(self.questions),
+            "choices": data.describe(self.choices),
+        }
+        record.facts.results = {"rows": len(self.sft) + len(self.dpo) + len(self.questions) + len(self.choices)}
+        for label, text in self.plan():
+            say(f"{label}: {text}")
+
+    def _split(self, rows: list[Any]) -> dict[str, Any]:
+        train, held_out = data.split(rows, self.job.config.training_data.validation)
+        return {"train": data.describe(train), "held_out": data.describe(held_out)}
+
+    def _split_text(self, rows: list[Any]) -> str:
+        train, held_out = data.split(rows, self.job.config.training_data.validation)
+        return f"{len(train)} rows to train, {len(held_out)} held out"
