@@ -1,34 +1,112 @@
 """Makes .venv from requirements.lock: what `make setup` runs, with the system's Python and nothing installed.
 
-Does nothing when .venv already holds these pins. The stamp that says so is written last, so an interrupted run is
-simply run again. Kept free of new syntax, so that an old Python can say that it is too old.
+    python3 bootstrap.py            # does nothing when .venv already holds these pins
+    python3 bootstrap.py --lock     # `make lock`: resolves the names in pyproject.toml anew and rewrites the pins
+
+The stamp that says that all is installed is written last, so an interrupted run is simply run again. Kept free of new
+syntax, so that an old Python can say that it is too old.
 """
 
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 VENV = os.path.join(HERE, ".venv")
 STAMP = os.path.join(VENV, ".installed")
+LOCK = os.path.join(HERE, "requirements.lock")
 PINS = ("requirements.lock", "pyproject.toml")
 NEEDED_GB = 4.0  # the CPU build; a CUDA build of torch needs about 6 GB more
 UNREACHABLE = (
     "Could not fetch URL",
     "Max retries exceeded",
     "Temporary failure in name resolution",
+    "Name or service not known",
     "ConnectTimeout",
     "NewConnectionError",
     "No matching distribution found",
     "ProxyError",
     "ReadTimeoutError",
 )
+LOCK_HEADER = """\
+# Every package of .venv, exactly. Made by `make lock`; installed by `make setup`.
+# torch's own CUDA packages, on a machine with them, are pinned by torch itself.
+"""
 
 
 def fail(what):
-    sys.exit("error: setup: " + what)
+    sys.stderr.write("error: setup: %s\n" % what)
+    sys.exit(2)
+
+
+def main():
+    if sys.version_info < (3, 11):
+        fail("needs Python 3.11 or newer, this is %d.%d; try make setup PYTHON=python3.12" % sys.version_info[:2])
+    if "--lock" in sys.argv:
+        lock()
+    elif is_done():
+        os.utime(STAMP)
+    else:
+        install()
+
+
+def install():
+    free = shutil.disk_usage(HERE).free / 1e9
+    if free < NEEDED_GB and not os.path.exists(VENV):
+        fail("needs %.0f GB of disk, %.1f GB are free at %s; make room and run it again" % (NEEDED_GB, free, HERE))
+    if os.path.exists(STAMP):
+        os.unlink(STAMP)
+    say("setting up .venv from requirements.lock: one to ten minutes, about 2 GB (more with CUDA)")
+    if not is_whole_venv():
+        run(sys.executable, "-m", "venv", "--clear", VENV)
+    pip = pip_of(VENV)
+    say("torch")
+    run(*pip, torch_pin())  # first and alone: where a local CPU build is offered, nothing else may pull the CUDA one
+    with open(LOCK) as pins:
+        say("%d other packages" % sum("==" in line for line in pins))
+    run(*pip, "-r", LOCK)
+    run(*pip, "--no-deps", "--no-build-isolation", "--editable", HERE)
+    with open(STAMP, "w") as stamp:
+        stamp.write(pins_hash())
+
+
+def lock():
+    """Installs the names of pyproject.toml, newest versions, with torch as pinned, and writes what that gave."""
+    import tomllib
+
+    with open(os.path.join(HERE, "pyproject.toml"), "rb") as file:
+        project = tomllib.load(file)
+    names = project["project"]["dependencies"] + project["dependency-groups"]["dev"] + ["setuptools"]
+    with tempfile.TemporaryDirectory() as folder:
+        run(sys.executable, "-m", "venv", folder)
+        run(*pip_of(folder), torch_pin())
+        run(*pip_of(folder), torch_pin(), *[name for name in names if name != "torch"])
+        command = (os.path.join(folder, "bin", "python"), "-m", "pip", "freeze", "--all", "--exclude", "pip")
+        frozen = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    with open(LOCK, "w") as out:
+        out.write(LOCK_HEADER + frozen.replace("+cpu\n", "\n"))
+
+
+def is_done():
+    try:
+        with open(STAMP) as stamp:
+            return stamp.read() == pins_hash() and os.path.exists(os.path.join(VENV, "bin", "aletheia"))
+    except OSError:
+        return False
+
+
+def is_whole_venv():
+    """Made by this Python, and not interrupted before pip was in it."""
+    try:
+        with open(os.path.join(VENV, "pyvenv.cfg")) as config:
+            same_python = "version = %s\n" % platform.python_version() in config.read()
+    except OSError:
+        return False
+    return same_python and os.path.exists(os.path.join(VENV, "bin", "pip"))
 
 
 def pins_hash():
@@ -39,16 +117,18 @@ def pins_hash():
     return digest.hexdigest()
 
 
-def is_done(pins):
-    try:
-        with open(STAMP) as stamp:
-            return stamp.read() == pins and os.path.exists(os.path.join(VENV, "bin", "aletheia"))
-    except OSError:
-        return False
+def torch_pin():
+    with open(LOCK) as pins:
+        return next(line.strip() for line in pins if line.startswith("torch=="))
+
+
+def pip_of(venv):
+    python = os.path.join(venv, "bin", "python")
+    return (python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", "--quiet", "--retries", "2")
 
 
 def run(*command):
-    """Runs pip or venv. pip's own words are shown; a failure is put in one line after them."""
+    """Runs pip or venv. When it fails its own words are shown, and one line after them says what to do."""
     done = subprocess.run(command, cwd=HERE, stderr=subprocess.PIPE, text=True)
     if done.returncode == 0:
         return
@@ -56,35 +136,12 @@ def run(*command):
     if "No space left on device" in done.stderr:
         fail("the disk is full; make room and run `make setup` again")
     if any(sign in done.stderr for sign in UNREACHABLE):
-        fail(
-            "the package index cannot be reached or lacks a pinned package; check the network (pip config list), then run `make setup` again"
-        )
-    fail("`%s` failed; its last words are above" % " ".join(command[-4:]))
+        fail("the package index cannot be reached or lacks a pin; check the network (pip config list), then run it again")
+    fail("`pip %s` failed; its last words are above" % " ".join(command[3:]))
 
 
-def main():
-    if sys.version_info < (3, 11):
-        fail("needs Python 3.11 or newer, this is %d.%d; try make setup PYTHON=python3.12" % sys.version_info[:2])
-    pins = pins_hash()
-    if is_done(pins):
-        os.utime(STAMP)
-        return
-    free = shutil.disk_usage(HERE).free / 1e9
-    if free < NEEDED_GB and not os.path.exists(VENV):
-        fail("needs %.0f GB of disk, %.1f GB are free at %s; make room and run it again" % (NEEDED_GB, free, HERE))
-    if os.path.exists(STAMP):
-        os.unlink(STAMP)
-    python = os.path.join(VENV, "bin", "python")
-    pip = (python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", "--quiet")
-    sys.stderr.write("setting up .venv from requirements.lock: a few minutes, about 2 GB\n")
-    if not os.path.exists(os.path.join(VENV, "bin", "pip")):
-        run(sys.executable, "-m", "venv", "--clear", VENV)
-    torch = next(line.strip() for line in open(os.path.join(HERE, "requirements.lock")) if line.startswith("torch=="))
-    run(*pip, torch)  # first and alone: where a local CPU build is offered, nothing else may pull the CUDA one
-    run(*pip, "-r", "requirements.lock")
-    run(*pip, "--no-deps", "--no-build-isolation", "--editable", ".")
-    with open(STAMP, "w") as stamp:
-        stamp.write(pins)
+def say(text):
+    sys.stderr.write("setup: %s\n" % text)
 
 
 if __name__ == "__main__":
