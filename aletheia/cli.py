@@ -5,7 +5,6 @@ Nothing heavy is imported before it is needed, so help is instant.
 aletheia --help
 """
 
-import json
 import os
 import sys
 import traceback
@@ -288,10 +287,6 @@ def _run(stage: Any, profile: str, assignments: list[str] | None, dry_run: bool,
 def _print_record(record: Any) -> None:
     """The record's path alone, on stdout."""
     print(record.workspace.shown(record.file.path))
-
-
-def print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from aletheia.output import print_json, print_table
 from pipeline import data
 from pipeline.errors import UserError
 from pipeline.stage import Job
@@ -20,9 +21,6 @@ KINDS: dict[str, type[data.Row]] = {
 
 
 def check(paths: list[str], as_json: bool) -> None:
-    from aletheia.cli import print_json
-    from aletheia.summary import print_table
-
     workspace = Workspace.find()
     found = []
     for name in paths:

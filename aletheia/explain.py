@@ -4,20 +4,16 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from aletheia.output import print_json, print_table
 from pipeline import data
 from pipeline.errors import AletheiaError
 from pipeline.profile import settings
 from pipeline.progress import duration
 from pipeline.records.find import records
-from pipeline.stage import Job, steps_in_all
-
-FEW_STEPS = 20
+from pipeline.stage import FEW_STEPS, Job, steps_in_all
 
 
 def explain(job: Job, as_json: bool) -> None:
-    from aletheia.cli import print_json
-    from aletheia.summary import print_table
-
     rows = [(key, value, job.profile.origin(key), text) for key, value, text in settings(job.config)]
     follows = list(_follows(job))
     if as_json:

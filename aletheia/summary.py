@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from aletheia.output import print_json, print_table
 from pipeline.errors import UserError
 from pipeline.progress import duration
 from pipeline.records import ids
@@ -14,8 +15,6 @@ from pipeline.workspace import Workspace
 
 
 def list_records(workspace: Workspace, as_json: bool) -> None:
-    from aletheia.cli import print_json
-
     rows: list[dict[str, Any]] = []
     for path in ids.newest_first(workspace):
         file = RecordFile(path)
@@ -63,16 +62,6 @@ def summary_table(records: Sequence[tuple[str, Facts]]) -> None:
     header = ("record", "stage", "status", "time", "figures")
     table = [(i, f.stage, liveness(f), _time(f.resources.get("wall_seconds")), figures(f)) for i, f in records]
     print_table(header, table, sys.stderr)
-
-
-def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]], out: Any) -> None:
-    """Aligned columns; the last cell of a row is a list of lines."""
-    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header) - 1)]
-    for row in [header, *([*row[:-1], *([row[-1]] if isinstance(row[-1], list) else [[row[-1]]])] for row in rows)]:
-        cells = "  ".join(f"{cell!s:<{width}}" for cell, width in zip(row[:-1], widths, strict=True))
-        lines = row[-1] if isinstance(row[-1], list) else [row[-1]]
-        for index, line in enumerate(lines or [""]):
-            print((f"{cells}  {line}" if index == 0 else f"{' ' * len(cells)}  {line}").rstrip(), file=out)
 
 
 def figures(facts: Facts) -> list[str]:

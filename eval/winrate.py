@@ -34,7 +34,7 @@ class WinRate:
     def verdict(self) -> str:
         """Outside the noise, and whether mere length would have said the same."""
         side = _side(self.rate)
-        if side == 0:
+        if side == 0 or self.p_value >= 1 - statistics.CONFIDENCE:  # two wins of two give t an interval of no width
             return "no difference shown"
         word = "more wins" if side > 0 else "fewer wins"
         return (

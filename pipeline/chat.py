@@ -31,6 +31,7 @@ _PROBES = (
         Message(role="assistant", content="\n- one\n- two"),
     ],
 )
+_SYSTEM_PROBE = [Message(role="system", content="Be brief."), *_PROBES[0]]
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,19 @@ class Chat:
             raise UserError(f"{self.end_of_turn} is {len(pieces)} tokens, so it cannot be learnt as a stop", where=name)
         self.end_of_turn_id: int = pieces[0]
         self.bos_id: int | None = tokenizer.bos_token_id
-        self._reserved = [t for t in tokenizer.all_special_tokens if t.strip()]
+        added = [
+            t.content for t in tokenizer.added_tokens_decoder.values() if t.special
+        ]  # Llama-3 names only two of its own
+        self._reserved = [t for t in dict.fromkeys([*tokenizer.all_special_tokens, *added]) if t.strip()]
         self.contract = self._contract()
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a prompt, ready for the assistant's turn: in training, in serving and in evaluation."""
-        ids = self._tokenize(self._render(messages, generation_prompt=True))
+        text = self._render(messages, generation_prompt=True)
+        lost = next((m.role for m in messages if m.role != "assistant" and m.content.strip() not in text), None)
+        if lost:
+            raise UserError(f"its template drops or changes the {lost}'s text", where=self.name)
+        ids = self._tokenize(text)
         if self.bos_id is not None and ids.count(self.bos_id) > 1:
             raise UserError(f"its template gives {ids.count(self.bos_id)} BOS tokens", where=self.name)
         return ids
@@ -115,7 +123,7 @@ class Chat:
                 continue
             prompt = self.prompt(messages[:index])
             if prompt[: len(ids)] != ids:
-                raise UserError("its template renders earlier turns otherwise once more follow", where=self.name)
+                raise UserError("an earlier turn gives other tokens once more turns follow", where=self.name)
             completion = self.completion(messages[: index + 1])
             mask += [False] * (len(prompt) - len(ids)) + [True] * len(completion)
             ids = prompt + completion
@@ -147,7 +155,14 @@ class Chat:
             )
             if encoded.ids[-1] != self.end_of_turn_id or not encoded.mask[-1] or turns == 0:
                 raise UserError("its end-of-turn would not be trained", where=self.name)
-        canonical = json.dumps([[e.ids, e.mask] for e in sequences])
+        canonical = json.dumps([e and [e.ids, e.mask] for e in (*sequences, self._with_system())])
         return Contract(
             hashlib.sha256(canonical.encode()).hexdigest(), self.end_of_turn, self.end_of_turn_id, self.bos_id
         )
+
+    def _with_system(self) -> Encoded | None:
+        """None where the template takes no system message, as Gemma's."""
+        try:
+            return self.conversation(_SYSTEM_PROBE)
+        except UserError:
+            return None

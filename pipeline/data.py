@@ -116,7 +116,7 @@ def read_rows(workspace: Workspace, name: str, kind: type[AnyRow]) -> list[AnyRo
 def split(rows: Sequence[AnyRow], validation: Validation) -> tuple[list[AnyRow], list[AnyRow]]:
     """Training rows and held-out rows.
 
-    Which rows are held out depends on their content and the seed, not on their order: adding a row moves no other.
+    Which rows are held out depends on their content and the seed, not on their order: adding a row moves at most one other.
     """
     groups: dict[str, list[AnyRow]] = defaultdict(list)
     for row in rows:
@@ -132,20 +132,26 @@ def split(rows: Sequence[AnyRow], validation: Validation) -> tuple[list[AnyRow],
 
 
 def shuffle_answers(rows: Sequence[Conversation], seed: int) -> list[Conversation]:
-    """The control: every answer stands under another row's question. Texts, lengths and form stay as they are."""
+    """The control: every answer stands under another row's question. The texts themselves stay as they are.
+
+    Raises `UserError` when the rows are too few for that.
+    """
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
-    donors = {order[i]: order[(i + 1) % len(order)] for i in range(len(order))}  # one cycle: nobody keeps their own
-    shuffled = []
-    for index, row in enumerate(rows):
-        copy = row.model_copy(deep=True)
-        copy.messages[-1].content = rows[donors[index]].messages[-1].content
-        shuffled.append(copy)
+    places = [(row, turn) for row in order for turn, m in enumerate(rows[row].messages) if m.role == "assistant"]
+    most = max(Counter(row for row, _ in places).values(), default=0)  # moved so far, no answer stays in its own row
+    if 2 * most > len(places):
+        raise UserError("too few rows to shuffle answers between them", where=rows[0].where)
+    shuffled = [row.model_copy(deep=True) for row in rows]
+    for (row, turn), (donor, donor_turn) in zip(places, places[most:] + places[:most], strict=True):
+        shuffled[row].messages[turn].content = rows[donor].messages[donor_turn].content
     return shuffled
 
 
 def row_hash(row: Row) -> str:
-    canonical = json.dumps(row.model_dump(), sort_keys=True, ensure_ascii=False)
+    """Over the content alone: an id that the row's place gave it does not count."""
+    values = row.model_dump(exclude={"id"} if row.id == row.where else None)
+    canonical = json.dumps(values, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -160,7 +166,9 @@ def _files(workspace: Workspace, name: str) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError("there is no such file or folder", where=name, remedy="training_data in the profile")
+        raise UserError(
+            "there is no such file or folder", where=name, remedy=f"a path from {workspace.root}, or an absolute one"
+        )
     files = sorted(path.rglob("*.jsonl"))
     if not files:
         found = sorted({p.suffix or p.name for p in path.rglob("*") if p.is_file()})

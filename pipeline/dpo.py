@@ -19,11 +19,11 @@ from pipeline import data, heldout, statistics
 from pipeline.chat import Chat, Encoded
 from pipeline.data import PreferencePair
 from pipeline.errors import StageFailed
-from pipeline.model import Base, find_base
+from pipeline.model import Base, check_trained_on, find_base
 from pipeline.progress import say
 from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Input
-from pipeline.sft import check_context, lora, same_data
+from pipeline.sft import check_context, lora, same_base, same_data
 from pipeline.stage import Job, Source, steps_in_all, take
 
 EncodedPair = tuple[PreferencePair, tuple[Encoded, Encoded]]
@@ -47,7 +47,10 @@ class Dpo:
         source = None if job.source == "base" else take(job, ["sft"], "adapter")
         base = find_base(job.workspace, job.profile)
         check_context(job, base, "dpo_config")
-        return cls(job, base, base.chat(), rows, source, [source.input] if source else [])
+        chat = base.chat()
+        if source:
+            check_trained_on(base, chat, job.workspace, source)
+        return cls(job, base, chat, rows, source, [source.input] if source else [])
 
     def plan(self) -> list[tuple[str, str]]:
         config = self.job.config.dpo_config
@@ -100,7 +103,7 @@ class Dpo:
         facts = {"train": data.describe(train), "held_out": data.describe(held_out)}
         same_data(self.job, record, facts)
         record.facts.data = facts | {"contract": self.chat.contract.sha256}
-        record.facts.lineage.base = self.base.identity()
+        record.facts.lineage.base = same_base(self.job, record, self.base)
 
         def encode(pair: PreferencePair) -> tuple[Encoded, Encoded]:
             return heldout.encode_pair(self.chat, pair)
@@ -133,7 +136,7 @@ class Dpo:
         few = pairs[:PAIRS_CHECKED]
         start = trainer.evaluate(_dataset(few))
         loss, margin = start["eval_loss"], start["eval_rewards/margins"]
-        if abs(loss - math.log(2)) > 1e-4 or abs(margin) > 1e-4:
+        if not (abs(loss - math.log(2)) <= 1e-4 and abs(margin) <= 1e-4):  # a NaN is neither
             raise StageFailed(
                 f"at step 0 the DPO loss is {loss:.6f}, not ln 2, and the margin {margin:.2g}, not 0", step=0
             )
@@ -143,7 +146,7 @@ class Dpo:
         distance = max(abs(r - b) for r, b in zip(reference, base, strict=True))
         if self.source is not None:
             self._same_tensors(trainer.model, self.source.output)
-            if distance < 1e-3:
+            if not distance >= 1e-3:
                 raise StageFailed("the reference gives the base's log-probs: it is not the SFT policy", step=0)
         say(f"reference checked: loss {loss:.4f} = ln 2, margin {margin:.1g}, {distance:.2f} nats from the base")
         return {

@@ -8,14 +8,14 @@ from pipeline.data import Conversation, PreferencePair
 from pipeline.progress import track
 
 
-def losses(model: Any, encoded: Sequence[Encoded], pad_id: int, batch_size: int, what: str) -> list[float]:
+def losses(model: Any, encoded: Sequence[Encoded], pad_id: int | None, batch_size: int, what: str) -> list[float]:
     """Mean negative log-likelihood of each row's trained tokens, nats a token."""
     sums = log_probs(model, encoded, pad_id, batch_size, what)
     return [-total / sum(e.mask[1:]) for total, e in zip(sums, encoded, strict=True)]
 
 
 def margins(
-    model: Any, pairs: Sequence[tuple[Encoded, Encoded]], pad_id: int, batch_size: int, what: str
+    model: Any, pairs: Sequence[tuple[Encoded, Encoded]], pad_id: int | None, batch_size: int, what: str
 ) -> list[float]:
     """log p(chosen) − log p(rejected) of each pair, nats. A positive change under training is a right preference."""
     flat = [side for pair in pairs for side in pair]
@@ -23,7 +23,7 @@ def margins(
     return [chosen - rejected for chosen, rejected in zip(scores[::2], scores[1::2], strict=True)]
 
 
-def log_probs(model: Any, encoded: Sequence[Encoded], pad_id: int, batch_size: int, what: str) -> list[float]:
+def log_probs(model: Any, encoded: Sequence[Encoded], pad_id: int | None, batch_size: int, what: str) -> list[float]:
     """Sum of the log-probabilities of each sequence's trained tokens, nats; float32 whatever the model computes in."""
     import torch
 
@@ -35,7 +35,7 @@ def log_probs(model: Any, encoded: Sequence[Encoded], pad_id: int, batch_size: i
     with torch.inference_mode():
         for batch in track(batches, what, unit="batch"):
             longest = max(len(encoded[i].ids) for i in batch)
-            ids = torch.full((len(batch), longest), pad_id)
+            ids = torch.full((len(batch), longest), pad_id or 0)  # masked, so any id does; some tokenizers have none
             trained = torch.zeros((len(batch), longest), dtype=torch.bool)
             attention = torch.zeros((len(batch), longest), dtype=torch.long)
             for row, i in enumerate(batch):

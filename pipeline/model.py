@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.chat import Chat
+from pipeline.chat import Chat, Contract
+from pipeline.errors import UserError
 from pipeline.profile import Profile
 from pipeline.quiet import no_weight_bars
 from pipeline.records.find import sha256
+from pipeline.stage import Source
 from pipeline.workspace import Workspace
 
 HUB_TIMEOUT = 5.0  # seconds; a hub that answers does so at once
@@ -107,7 +109,27 @@ def load_model(folder: Path, base: Base, quantization: str = "none") -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         folder, use_safetensors=True, trust_remote_code=base.trust_remote_code, **options
     )
+    if quantization == "nf4" and base.device == "cpu":
+        from pipeline.private import keep_4bit_layout
+
+        keep_4bit_layout(model)
     return model.eval()
+
+
+def check_trained_on(base: Base, chat: Chat, workspace: Workspace, source: Source) -> None:
+    """Raises `UserError` when an adapter was trained with another template, or on other weights, than the base has now."""
+    if Contract.load(source.output) != chat.contract:
+        raise UserError(
+            "was trained with another chat template than the base has now",
+            where=workspace.shown(source.output),
+            remedy="training again on this base",
+        )
+    if (source.facts.lineage.base or {}).get("sha256") != base.identity()["sha256"]:
+        raise UserError(
+            "was trained on other weights than this base's",
+            where=workspace.shown(source.file.path),
+            remedy="training again on this base",
+        )
 
 
 def _device(profile: Profile) -> str:
@@ -159,7 +181,7 @@ def _from_hub(profile: Profile, name: str, revision: str) -> tuple[Path, str | N
 def _commit_on_hub(profile: Profile, name: str, revision: str) -> str:
     """Asks the hub once, briefly. Raises `UserError` when it has no such model or cannot be reached."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         return str(HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT).sha)
@@ -167,7 +189,7 @@ def _commit_on_hub(profile: Profile, name: str, revision: str) -> str:
         raise profile.error(
             "base_model", f"the hub has no {name} at {revision}, or wants a login", "`hf auth login`"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # whatever its HTTP library of the day raises: it could not be asked
         what = f"{name} is not in the local cache and the hub cannot be reached ({type(error).__name__})"
         raise profile.error("base_model", what, f"a local folder, or {TINY_REMEDY}") from None
 

@@ -37,7 +37,7 @@ class Profile:
 
     def origin(self, key: str) -> str:
         """`--set`, `configs/tiny.yaml:12` or `default`."""
-        if key in self.overrides:
+        if _overridden(key, self.overrides):
             return "--set"
         line = self.lines.get(tuple(key.split(".")))
         return f"{self.shown}:{line}" if line else "default"
@@ -117,13 +117,19 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
+def _overridden(key: str, overrides: dict[str, Any]) -> bool:
+    """Whether `--set` gave this key or a section that it is in."""
+    return any(f"{key}.".startswith(f"{other}.") for other in overrides)
+
+
 def _explain(
     error: ErrorDetails, shown: str, lines: dict[tuple[str | int, ...], int], overrides: dict[str, Any]
 ) -> UserError:
     path = _known_path(error["loc"])
     key = ".".join(map(str, path))
     line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
-    where = "--set" if key in overrides else f"{shown}:{line}" if line else shown
+    inside = path not in lines and any(other.startswith(f"{key}.") for other in overrides)
+    where = "--set" if inside or _overridden(key, overrides) else f"{shown}:{line}" if line else shown
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(path[-1]), _keys(path[:-1]), n=1, cutoff=0.5)
         elsewhere = [other for other in _all_keys() if other.endswith(f".{path[-1]}")]
@@ -137,8 +143,10 @@ def _explain(
 
 
 def _sentence(error: ErrorDetails) -> str:
-    what = error["msg"].removeprefix("Input should be ").removeprefix("a valid ").replace("equal to", "=")
     given = error["input"]
+    if not error["msg"].startswith("Input should be "):
+        return f"{error['msg']}, not {given!r}"
+    what = error["msg"].removeprefix("Input should be ").removeprefix("a valid ").replace("equal to", "=")
     hint = " (write 2e-4 without quotes)" if isinstance(given, str) and "number" in what else ""
     return f"must be {what}, not {given!r}{hint}"
 

@@ -20,7 +20,7 @@ from pipeline.model import Base, find_base
 from pipeline.progress import say
 from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Input
-from pipeline.stage import Job, steps_in_all
+from pipeline.stage import FEW_STEPS, Job, steps_in_all
 
 
 @dataclass
@@ -44,11 +44,12 @@ class Sft:
         config = self.job.config.sft_config
         train, held_out = data.split(self.rows, self.job.config.training_data.validation)
         steps = steps_in_all(config, len(train))
+        few = f"  (fewer than {FEW_STEPS}: more rows or epochs, or a smaller batch)" if steps < FEW_STEPS else ""
         return [
             ("base", f"{self.base.name} on {self.base.device}, quantization {self.base.quantization}"),
             ("rows", f"{len(train)} to train, {len(held_out)} held out"),
             ("a step learns from", f"{config.batch_size * config.gradient_accumulation} rows"),
-            ("steps", f"{steps}" + ("  (fewer than 20: more epochs or a smaller batch)" if steps < 20 else "")),
+            ("steps", str(steps) + few),
         ]
 
     def run(self, record: Record) -> None:
@@ -100,7 +101,7 @@ class Sft:
         record.facts.results = {}
         if config.shuffle_answers:
             train = data.shuffle_answers(train, self.job.config.seed)
-        record.facts.lineage.base = self.base.identity()
+        record.facts.lineage.base = same_base(self.job, record, self.base)
         record.facts.data["contract"] = self.chat.contract.sha256
 
         def encode(row: Conversation) -> Encoded:
@@ -154,6 +155,18 @@ def same_data(job: Job, record: Record, facts: dict[str, Any]) -> None:
                 where=job.workspace.shown(record.file.path),
                 remedy="a run of its own, without --resume",
             )
+
+
+def same_base(job: Job, record: Record, base: Base) -> dict[str, Any]:
+    """The base's identity; a resumed run must stand on the weights it began on."""
+    then, now = record.facts.lineage.base, base.identity()
+    if job.resume and then and then["sha256"] != now["sha256"]:
+        raise UserError(
+            f"the weights of {base.name} changed since the run began",
+            where=job.workspace.shown(record.file.path),
+            remedy="a run of its own, without --resume",
+        )
+    return now
 
 
 def _dataset(rows: list[tuple[Conversation, Encoded]]) -> Any:

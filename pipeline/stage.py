@@ -22,6 +22,8 @@ from pipeline.records.lifecycle import Record, open_record
 from pipeline.records.schema import Facts, Input
 from pipeline.workspace import Workspace
 
+FEW_STEPS = 20  # fewer optimiser steps teach little
+
 
 @dataclass(frozen=True)
 class Job:
@@ -118,9 +120,9 @@ def steps_in_all(config: SftConfig | DpoConfig, rows: int) -> int:
 
 
 def _as_begun(job: Job, file: RecordFile, facts: Facts) -> Job:
-    """A resume takes up the overrides it began with; any other configuration is another experiment, and refused."""
+    """A resume takes up the overrides and the source it began with; anything else is another experiment, and refused."""
     if not job.profile.overrides:
-        assignments = [f"{key}={json.dumps(value)}" for key, value in facts.overrides.items()]
+        assignments = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in facts.overrides.items()]
         job = replace(job, profile=load_profile(job.workspace, str(job.profile.path), assignments))
     now = _flat(job.config.model_dump(mode="json"))
     for key, then in _flat(facts.configuration).items():
@@ -130,7 +132,14 @@ def _as_begun(job: Job, file: RecordFile, facts: Facts) -> Job:
                 where=job.workspace.shown(file.path),
                 remedy=f"--set {key}={then} or a run of its own, without --resume",
             )
-    return job
+    source = facts.lineage.inputs[0].id if facts.lineage.inputs else "base"
+    if job.source not in (None, source):
+        raise UserError(
+            f"the run to resume began from {source}, not {job.source}",
+            where=job.workspace.shown(file.path),
+            remedy="a run of its own, without --resume",
+        )
+    return replace(job, source=source)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -37,7 +37,8 @@ class Change(BaseModel):
 
     def verdict(self, lower_is_better: bool) -> str:
         """`better` or `worse` only where the interval excludes 0."""
-        if self.delta.ci_low is None or self.delta.ci_high is None or self.delta.ci_low <= 0 <= self.delta.ci_high:
+        low, high = self.delta.ci_low, self.delta.ci_high
+        if low is None or high is None or not (low > 0 or high < 0):  # so asked, NaN shows nothing
             return "no difference shown"
         return "better" if (self.delta.value < 0) == lower_is_better else "worse"
 

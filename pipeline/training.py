@@ -22,7 +22,7 @@ from pipeline.model import Base
 from pipeline.progress import Progress, say
 from pipeline.records.find import artifacts, link_newest, sha256
 from pipeline.records.lifecycle import Record
-from pipeline.stage import Job
+from pipeline.stage import FEW_STEPS, Job
 
 SEAL = "sealed.json"
 LOG = "log.jsonl"
@@ -72,11 +72,19 @@ def train(trainer: Any, record: Record, resume: bool) -> dict[str, Any]:
             if checkpoint
             else "no whole checkpoint was left: starts from the beginning"
         )
+        _forget_after(record.folder / LOG, int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
     with record.stop.deferred("stopping after this step and saving"), watch:
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if record.stop.requested and trainer.state.global_step < trainer.state.max_steps:
         done = f"{trainer.state.global_step}/{trainer.state.max_steps}"
         raise Interrupted(f"interrupted by {record.stop.requested} after step {done}; RESUME=1 goes on from there")
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    if not any(rates):
+        raise StageFailed(
+            f"nothing was learnt: the rate was 0 in all {trainer.state.global_step} steps, which were warm-up",
+            step=trainer.state.global_step,
+            remedy="more rows or epochs, or warmup_ratio=0.0",
+        )
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "steps": trainer.state.global_step,
@@ -98,6 +106,18 @@ def newest_sealed(folder: Path) -> Path | None:
             pass
         say(f"note: {checkpoint.name} is torn and passed over")
     return None
+
+
+def _forget_after(log: Path, step: int) -> None:
+    """Steps that are taken again are not to stand twice in the log, nor a line that was torn."""
+    kept = []
+    for line in log.read_text("utf-8").splitlines(keepends=True) if log.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            continue
+    log.write_text("".join(kept), "utf-8")
 
 
 def keep_adapter(model: Any, chat: Chat, record: Record, link: str) -> Path:
@@ -133,8 +153,10 @@ def usable(
             rejects.append((row, f"{longest} tokens, max_length is {max_length}"))
         else:
             kept.append((row, encoded))
+    path = record.folder / "rejects.jsonl"
+    if "rejected" not in record.facts.data:
+        path.unlink(missing_ok=True)  # what an interrupted run left: the rows are judged anew
     if rejects:
-        path = record.folder / "rejects.jsonl"
         lines = [json.dumps({"where": r.where, "id": r.id, "reason": why}, ensure_ascii=False) for r, why in rejects]
         with path.open("a", encoding="utf-8") as out:
             out.write("\n".join(lines) + "\n")
@@ -177,6 +199,10 @@ class _Watch(TrainerCallback):
             self.progress.__exit__(*error)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.max_steps < FEW_STEPS:
+            say(
+                f"note: {state.max_steps} steps teach little (under {FEW_STEPS}): more rows or epochs, or a smaller batch"
+            )
         self.progress = Progress(f"training {self.record.facts.stage}", state.max_steps, "step", done=state.global_step)
         self.progress.__enter__()
 

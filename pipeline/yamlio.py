@@ -32,12 +32,23 @@ class YamlError(ValueError):
 class _Loader(yaml.CSafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
-        for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:str":
-                if key.value in seen:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
                     raise YamlError(f"the key `{key.value}` stands twice", key.start_mark.line + 1)
-                seen.add(key.value)
+                seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """A value that its type does not have (`2026-02-30`, `!!bool maybe`) is an error at its place."""
+        try:
+            return super().construct_object(node, deep)
+        except (YamlError, yaml.YAMLError, RecursionError):
+            raise
+        except Exception as error:  # pyyaml lets out whatever Python raised while converting
+            given = f"`{node.value[:40]}`" if isinstance(node, yaml.ScalarNode) else "this"
+            what = f"{given} is no {node.tag.rpartition(':')[2]}"
+            raise YamlError(what, node.start_mark.line + 1, node.start_mark.column + 1) from error
 
 
 class _Dumper(yaml.SafeDumper):
@@ -56,11 +67,17 @@ def _resolve_floats(cls: Any) -> None:
     cls.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
+def _style(text: str) -> str | None:
+    if any(character in text for character in "\x85\u2028\u2029"):
+        return '"'  # line breaks to YAML: any other style would fold them
+    return "|" if "\n" in text else None
+
+
 _resolve_floats(_Loader)
 _resolve_floats(_Dumper)
 _Dumper.add_representer(
     str,
-    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style=_style(text)),
 )
 
 
@@ -82,6 +99,9 @@ def load(text: str) -> Document:
         try:
             node = loader.get_single_node()
             value = None if node is None else loader.construct_document(node)
+            lines: dict[tuple[str | int, ...], int] = {}
+            if node is not None:
+                _collect_lines(node, (), lines)
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
@@ -90,13 +110,10 @@ def load(text: str) -> Document:
         raise YamlError(str(error.problem or error.context), line, column) from None
     except yaml.YAMLError as error:
         raise YamlError(str(error).splitlines()[0], 1) from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, YamlError):
-            raise
-        raise YamlError(str(error) or type(error).__name__, 1) from None
-    lines: dict[tuple[str | int, ...], int] = {}
-    if node is not None:
-        _collect_lines(node, (), lines)
+    except RecursionError:
+        raise YamlError("an alias refers to what it stands in", 1) from None
+    except ValueError as error:
+        raise error if isinstance(error, YamlError) else YamlError(str(error), 1) from None
     return Document(value, lines)
 
 

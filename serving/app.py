@@ -16,6 +16,8 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
 
 from pipeline.errors import UserError
 from serving.engine import Engine, Sampling
@@ -93,7 +95,7 @@ def build_app(engine: Engine, model_name: str, default_max_tokens: int, usage: U
         return {"object": "list", "data": [card | {"max_model_len": engine.context}]}
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(request: ChatRequest) -> Any:
+    async def chat_completions(request: ChatRequest, http: HttpRequest) -> Any:
         reserved = engine.chat.reserved_in(request.messages)
         if reserved:
             raise ApiError(
@@ -104,18 +106,20 @@ def build_app(engine: Engine, model_name: str, default_max_tokens: int, usage: U
         except UserError as error:
             raise ApiError(400, str(error), param="messages") from None
         wanted = request.max_completion_tokens or request.max_tokens
-        return await respond(request, prompt, wanted, CHAT)
+        return await respond(request, http, prompt, wanted, CHAT)
 
     @app.post("/v1/completions")
-    async def completions(request: CompletionRequest) -> Any:
+    async def completions(request: CompletionRequest, http: HttpRequest) -> Any:
         prompt = request.prompt
         if isinstance(prompt, str):
             prompt = tokenizer(prompt)["input_ids"]
         if not prompt or not all(0 <= token < len(tokenizer) for token in prompt):
             raise ApiError(400, "prompt must be text or token ids of this model, and not empty", param="prompt")
-        return await respond(request, prompt, request.max_tokens, COMPLETION)
+        return await respond(request, http, prompt, request.max_tokens, COMPLETION)
 
-    async def respond(request: Request, prompt: list[int], max_tokens: int | None, shape: Shape) -> Any:
+    async def respond(
+        request: Request, http: HttpRequest, prompt: list[int], max_tokens: int | None, shape: Shape
+    ) -> Any:
         if request.model != model_name:
             raise ApiError(
                 404, f"the model `{request.model}` does not exist; this server has `{model_name}`",
@@ -136,11 +140,14 @@ def build_app(engine: Engine, model_name: str, default_max_tokens: int, usage: U
         if request.stream:
             with_usage = bool(request.stream_options and request.stream_options.include_usage)
             return StreamingResponse(
-                _events(pieces, shape, head, len(prompt), with_usage), media_type="text/event-stream"
+                _events(pieces, shape, head, len(prompt), with_usage, usage), media_type="text/event-stream"
             )
         text, last = "", Piece("")
         async for last in pieces:
             text += last.text
+            if await http.is_disconnected():  # nobody waits for the answer: its slot is another's
+                await pieces.aclose()
+                return Response(status_code=499)
         choice = shape.whole(text) | {"index": 0, "finish_reason": last.finish_reason, "logprobs": None}
         return head | {"object": shape.object, "choices": [choice], "usage": _usage(len(prompt), last.tokens)}
 
@@ -193,7 +200,7 @@ async def _pieces(
 
 
 async def _events(
-    pieces: AsyncIterator[Piece], shape: Shape, head: dict[str, Any], prompt_tokens: int, with_usage: bool
+    pieces: AsyncIterator[Piece], shape: Shape, head: dict[str, Any], prompt_tokens: int, with_usage: bool, usage: Usage
 ) -> AsyncIterator[str]:
     """Server-sent events. An error after the first byte can only be told inside the stream, and is."""
 
@@ -214,6 +221,7 @@ async def _events(
         if with_usage:
             yield event({"choices": [], "usage": _usage(prompt_tokens, last.tokens)})
     except Exception as error:
+        usage.errors += 1
         yield f"data: {json.dumps(ApiError(500, f'generation failed: {error}').body)}\n\n"
     yield "data: [DONE]\n\n"
 
@@ -224,7 +232,9 @@ def _usage(prompt: int, completion: int) -> dict[str, int]:
 
 def _validation_error(error: RequestValidationError) -> ApiError:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    members = () if first["type"] == "extra_forbidden" else ("str", "list[str]", "list[int]")  # pydantic's, of unions
+    where = ".".join(str(part) for part in first["loc"][1:] if part not in members)
+    what = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     if first["type"] == "extra_forbidden":
@@ -233,4 +243,4 @@ def _validation_error(error: RequestValidationError) -> ApiError:
         )
     if first["type"] == "missing":
         return ApiError(400, f"`{where or 'the body'}` is missing", param=where or None)
-    return ApiError(400, f"{where}: {first['msg']}" if where else first["msg"], param=where or None)
+    return ApiError(400, f"{where}: {what}" if where else what, param=where or None)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.data import Message
 
@@ -32,11 +32,19 @@ class Request(BaseModel):
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
 
-    @model_validator(mode="after")
-    def _stops(self) -> "Request":
-        if len(self.stops) > MAX_STOPS or not all(self.stops):
-            raise ValueError(f"stop: up to {MAX_STOPS} strings, none of them empty")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, values: Any) -> Any:
+        """OpenAI's schema lets optional parameters be null, and some clients send all of them so."""
+        return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
+
+    @field_validator("stop")
+    @classmethod
+    def _stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        stops = [stop] if isinstance(stop, str) else stop or []
+        if len(stops) > MAX_STOPS or not all(stops):
+            raise ValueError(f"up to {MAX_STOPS} strings, none of them empty")
+        return stop
 
 
 class ChatRequest(Request):

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,10 @@ class Trained:
     def job(self, *assignments: str, **options: Any) -> Job:
         return Job(self.workspace, load_profile(self.workspace, "small", list(assignments)), **options)
 
+    def copy_to(self, root: Path) -> "Trained":
+        shutil.copytree(self.workspace.root, root, symlinks=True)
+        return replace(self, workspace=Workspace(root))
+
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
@@ -103,3 +109,106 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
                 found[stage.name] = run_stage(stage, Job(workspace, load_profile(workspace, "small"))).id
             ids.write_text(json.dumps(found))
     return Trained(Workspace(root), **json.loads(ids.read_text()))
+
+
+def few_words(workspace: Workspace) -> None:
+    """Puts rows of few words in place of the workspace's, none held out: a step then takes a fraction of a second."""
+    profile = workspace.configs / "small.yaml"
+    profile.write_text(profile.read_text().replace("fraction: 0.34", "fraction: 0.0"))
+
+    def turn(role: str, content: str) -> dict[str, str]:
+        return {"role": role, "content": content}
+
+    nouns = ["an index", "a lock", "a queue", "a cache", "a shard", "a pod", "a commit", "a trace"]
+    asked = [[turn("user", f"What is {noun}?")] for noun in nouns]
+    talks = [[*ask, turn("assistant", f"It is {noun}, {'and so on ' * i}no more.")] for i, (ask, noun) in enumerate(zip(asked, nouns, strict=True))]
+    talks += [talks[0] + talks[1], [turn("system", "Be brief."), *talks[2]]]
+    sides = [[[turn("assistant", f"{word} {noun}.{' Indeed.' * i}")] for word in ("Use", "Never use")] for i, noun in enumerate(nouns[:6])]
+    rows = {
+        "sft": [{"id": f"talk-{i}", "messages": talk} for i, talk in enumerate(talks)],
+        "dpo": [{"id": f"pair-{i}", "prompt": ask, "chosen": good, "rejected": bad} for i, (ask, (good, bad)) in enumerate(zip(asked, sides, strict=False))],
+    }  # fmt: skip
+    for kind, values in rows.items():
+        shutil.rmtree(workspace.root / "data" / kind)
+        (workspace.root / "data" / kind).mkdir()
+        lines = [json.dumps(value) + "\n" for value in values]
+        (workspace.root / "data" / kind / "few.jsonl").write_text("".join(lines), "utf-8")
+
+
+@pytest.fixture
+def small_talk(workspace: Workspace) -> Workspace:
+    """This test's workspace, with rows of few words."""
+    few_words(workspace)
+    return workspace
+
+
+@pytest.fixture
+def trained_copy(trained: Trained, tmp_path: Path) -> Trained:
+    """The finished pipeline as this test's own, to alter and to run more stages in, with rows of few words."""
+    shutil.copytree(trained.workspace.root, tmp_path / "trained", symlinks=True)
+    copy = Trained(Workspace(tmp_path / "trained"), trained.sft, trained.dpo, trained.merge)
+    few_words(copy.workspace)
+    return copy
+
+
+@pytest.fixture
+def command(workspace: Workspace) -> Callable[..., "subprocess.Popen[str]"]:
+    """`command("sft", "--profile", "small")`: the command as a person starts it, in this test's workspace."""
+
+    def start(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-m", "aletheia.cli", *arguments],
+            cwd=CHECKOUT,
+            env=os.environ | {"ALETHEIA_ROOT": str(workspace.root)} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture
+def token_losses() -> Callable[[Any, list[int]], list[float]]:
+    """−log p of every token but the first, nats: one sequence, no padding, nothing of the pipeline's."""
+    import torch
+
+    def losses(model: Any, ids: list[int]) -> list[float]:
+        with torch.inference_mode():
+            logits = model.eval()(input_ids=torch.tensor([ids])).logits[0, :-1].double()
+        picked = torch.log_softmax(logits, -1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
+        return [-value for value in picked.tolist()]
+
+    return losses
+
+
+@dataclass(frozen=True)
+class Said:
+    """How one call of the command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def aletheia(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """`aletheia(workspace, "exp", "list")`: the `aletheia` command, in this process, on that workspace."""
+    from aletheia.cli import main
+
+    def run(workspace: Workspace, *arguments: str) -> Said:
+        monkeypatch.setenv("ALETHEIA_ROOT", str(workspace.root))
+        monkeypatch.setattr("sys.argv", ["aletheia", *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ending:
+            main()
+        out, err = capfd.readouterr()
+        return Said(int(ending.value.code or 0), out, err)
+
+    return run
+
+
+@pytest.fixture
+def copied(trained: Trained, tmp_path: Path) -> Trained:
+    """The finished pipeline in a workspace of this test's own, which it may write into."""
+    return trained.copy_to(tmp_path / "copied")

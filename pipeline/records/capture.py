@@ -22,8 +22,9 @@ from pipeline.workspace import CHECKOUT, LOCK_FILE
 LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "lm-eval")
 WATTS_PER_BUSY_CORE = 10.0  # an assumption, named in every record that uses it
 _SECRETS = re.compile(
-    r"(?P<keep>(?i:api[_-]?key|token|secret|password|passwd|authorization)[\"']?\s*[=:]\s*(?i:bearer\s+)?[\"']?)(?P<a>[^\s\"',&]{6,})"
-    r"|(?P<b>\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|AKIA[A-Z0-9]{12,}|xox[abp]-[A-Za-z0-9-]{10,})"
+    r"(?P<keep>(?i:(?:api|access|secret|private)[_-]?key|token|secret|password|passwd|passphrase|authorization)"
+    r"[\"']?\s*[=:]\s*(?i:(?:bearer|basic)\s+)?[\"']?)(?P<a>[^\s\"',&]{6,})"
+    r"|(?P<b>\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|AKIA[A-Z0-9]{12,}|xox[abp]-[A-Za-z0-9-]{10,})"
     r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@))"
 )
 
@@ -51,6 +52,8 @@ def code(folder: Path) -> dict[str, Any]:
         kept = redact(patch.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
         (folder / "code.patch").write_bytes(kept)
         facts["patch"] = {"path": f"{folder.name}/code.patch", "sha256": hashlib.sha256(kept).hexdigest()}
+        if kept != patch:
+            facts["patch"]["redacted"] = True  # it may not apply any more
     if any(untracked):
         facts["untracked"] = [redact(name) for name in untracked if name][:50]
     return facts

@@ -1,14 +1,16 @@
 """A record's file: the person's half, the line, the program's half.
 
 Above the line every byte is the person's and is read afresh before each write, so an editor may save in between.
-Below it the program writes everything anew. Its last version is kept in `EXP-…/below.yaml`; when the file's differs,
-the edit is kept aside and undone.
+Below it the program writes everything anew. Its last version is kept in `EXP-…/below.yaml`, and the next one in
+`below.next.yaml` from before it is written until after; when the file's is neither, the edit is kept aside and undone.
 """
 
+import hashlib
 import os
 import re
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,7 @@ class RecordFile:
         self.path = path
         self.id = path.stem
         self.folder = path.with_suffix("")
+        self._last, self._next = self.folder / "below.yaml", self.folder / "below.next.yaml"
 
     def person(self) -> dict[str, Any]:
         """The person's half, parsed. Raises `UserError` with file, line and column."""
@@ -56,12 +59,15 @@ class RecordFile:
 
     def facts(self) -> Facts | None:
         """The program's half; None where nothing has run. An edited half is put back first."""
-        halves = self._halves()
+        halves = self._undo_edits()
         if halves.below is None:
+            if self._written():
+                raise UserError(
+                    "the line that divides the record is gone", where=str(self.path), remedy=f"adding {LINE}"
+                )
             return None
-        below = self._undo_edits(halves)
         first_line = halves.above.count(b"\n") + 2
-        values = self._parse(below.decode("utf-8", "replace"), first_line)
+        values = self._parse(halves.below.decode("utf-8", "replace"), first_line)
         try:
             return Facts.model_validate(values)
         except ValueError as error:
@@ -71,15 +77,14 @@ class RecordFile:
 
     def write(self, facts: Facts) -> None:
         """Replaces the lower half; the upper half is whatever stands in the file at this moment."""
-        halves = self._halves()
-        self._undo_edits(halves)
         below = yamlio.dump(facts.model_dump(mode="json", exclude_none=True)).encode()
-        above = halves.above
+        self.folder.mkdir(exist_ok=True)
+        write_atomically(self._next, below)
+        above = self._undo_edits().above
         if above and not above.endswith(b"\n"):
             above += b"\n"
-        self.folder.mkdir(exist_ok=True)
         write_atomically(self.path, above + LINE.encode() + b"\n" + below)
-        write_atomically(self.folder / "below.yaml", below)
+        os.replace(self._next, self._last)
 
     def _halves(self) -> Halves:
         try:
@@ -87,16 +92,31 @@ class RecordFile:
         except OSError as error:
             raise UserError(f"cannot be read: {error.strerror}", where=str(self.path)) from None
 
-    def _undo_edits(self, halves: Halves) -> bytes:
-        kept = self.folder / "below.yaml"
-        written = kept.read_bytes() if kept.exists() else None
-        if written is None or halves.below is None or halves.below == written:
-            return halves.below if halves.below is not None else b""
-        aside = self.folder / f"edited-below-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.yaml"
-        write_atomically(aside, halves.below)
-        write_atomically(self.path, halves.above + LINE.encode() + b"\n" + written)
+    def _written(self) -> list[bytes]:
+        """What the program wrote below the line: the next version, while a write is under way, and the last."""
+        versions = []
+        for path in (self._next, self._last):  # in this order: the next becomes the last
+            with suppress(FileNotFoundError):
+                versions.append(path.read_bytes())
+        return versions
+
+    def _undo_edits(self) -> Halves:
+        """Both halves, the lower one as the program wrote it."""
+        halves = self._halves()
+        while True:
+            below, written = halves.below, self._written()
+            if below is None or not written or below in written:
+                return halves
+            again = self._halves()
+            if again == halves:
+                break
+            halves = again  # not edited: another process has written it in the meantime
+        name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{hashlib.sha256(below).hexdigest()[:8]}"
+        aside = self.folder / f"edited-below-{name}.yaml"
+        write_atomically(aside, below)
+        write_atomically(self.path, halves.above + LINE.encode() + b"\n" + written[0])
         say(f"note: {self.path}: was edited below the line; the edit is kept in {aside} and undone")
-        return written
+        return Halves(halves.above, written[0])
 
     def _parse(self, text: str, first_line: int) -> dict[str, Any]:
         try:

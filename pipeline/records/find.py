@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -30,7 +31,7 @@ def records(workspace: Workspace) -> Iterator[tuple[RecordFile, Facts]]:
 def source(workspace: Workspace, profile: str, stages: list[str], wanted: str | None) -> tuple[RecordFile, Facts]:
     """The record to take input from: `wanted`, or the newest complete one of the first of `stages` that has any.
 
-    A control (its answers were shuffled) is never taken unless named.
+    A control (its answers were shuffled), or what was built on one, is never taken unless named.
     """
     if wanted:
         file = RecordFile(workspace.experiments / f"{wanted}.yaml")
@@ -40,12 +41,10 @@ def source(workspace: Workspace, profile: str, stages: list[str], wanted: str | 
         if facts.status != "complete":
             raise UserError(f"is {liveness(facts)}, not complete", where=workspace.shown(file.path))
         return file, facts
-    found = [
-        (f, r) for f, r in records(workspace) if r.profile == profile and r.status == "complete" and not _is_control(r)
-    ]
+    found = [(f, r) for f, r in records(workspace) if r.profile == profile and r.status == "complete"]
     for stage in stages:
         for file, facts in found:
-            if facts.stage == stage:
+            if facts.stage == stage and not _is_control(workspace, facts):
                 return file, facts
     what = " or ".join(stages)
     raise UserError(
@@ -131,5 +130,13 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _is_control(facts: Facts) -> bool:
-    return bool(facts.configuration.get("sft_config", {}).get("shuffle_answers"))
+def _is_control(workspace: Workspace, facts: Facts) -> bool:
+    """Whether it was trained on shuffled answers, or builds on a record that was."""
+    if facts.configuration.get("sft_config", {}).get("shuffle_answers"):
+        return True
+    for taken in facts.lineage.inputs:
+        with suppress(UserError):  # a record that is gone tells nothing
+            parent = RecordFile(workspace.experiments / f"{taken.id}.yaml").facts()
+            if parent is not None and _is_control(workspace, parent):
+                return True
+    return False

@@ -158,16 +158,18 @@ def liveness(facts: Facts) -> str:
     if last.host != socket.gethostname():
         return f"running on {last.host}"
     try:
-        alive = last.pid is not None and abs(psutil.Process(last.pid).create_time() - (last.started or 0)) < 2
+        process = psutil.Process(last.pid) if last.pid is not None else None
+        alive = process is not None and abs(process.create_time() - (last.started or 0)) < 2
+        if process is not None and process.status() == psutil.STATUS_ZOMBIE:  # ended, and nobody has asked how
+            alive = False
     except psutil.NoSuchProcess:
         alive = False
     return "running" if alive else "dead"
 
 
 def _upper_half(experiment_id: str, date: str, person: dict[str, Any]) -> bytes:
-    top = {"experiment_id": experiment_id, "date": date, **person}
-    text = yamlio.dump(top).replace(f"date: '{date}'", f"date: {date}")
-    text = "".join(line.removesuffix(" null") + "\n" for line in text.splitlines())
+    top = {"experiment_id": experiment_id, "date": datetime.fromisoformat(date).date(), **person}
+    text = "".join(f"{key}:\n" if value is None else yamlio.dump({key: value}) for key, value in top.items())
     return f"# Yours. The pipeline never touches what stands above the line.\n{text}\n".encode()
 
 

@@ -1,6 +1,6 @@
 """Makes corpus.jsonl, the text that the embedded `tiny` base is pretrained on.
 
-    python data/tiny/make_corpus.py        # rewrites data/tiny/corpus.jsonl
+    python pipeline/tiny/make_corpus.py        # rewrites pipeline/tiny/corpus.jsonl
 
 Reads the running Python's standard library and turns it into question and answer: what a function's docstring says,
 what a short function looks like, what a pydoc topic explains. The result is committed, because the library's text

@@ -1,0 +1,197 @@
+"""The rows in data/: of the shape they claim, with code that parses, no leak, and nothing but quality to prefer."""
+
+import ast
+import itertools
+import json
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.chat import Chat
+from pipeline.data import Conversation, MultipleChoice, PreferencePair, Question, Row, read_rows
+from pipeline.heldout import encode_pair
+from pipeline.model import Base
+from pipeline.workspace import CHECKOUT, Workspace
+
+SHIPPED = Workspace(CHECKOUT)
+DOMAINS = {"api-design", "databases", "devops", "distributed-systems", "performance"}
+KINDS: dict[str, type[Row]] = {
+    "sft": Conversation,
+    "dpo": PreferencePair,
+    "eval/questions": Question,
+    "eval/choices": MultipleChoice,
+}
+FIELDS = {
+    "sft": {"quality", "messages"},
+    "dpo": {"prompt", "chosen", "rejected", "fault"},
+    "eval/questions": {"prompt", "key_points", "must_not", "reference"},
+    "eval/choices": {"question", "choices", "answer"},
+}
+LONGEST_PROFILE = 2048  # tokens: max_length of the profiles that are shipped
+
+
+def rows(name: str) -> list[Row]:
+    return list(read_rows(SHIPPED, f"data/{name}", KINDS[name]))
+
+
+CONVERSATIONS: list[Conversation] = read_rows(SHIPPED, "data/sft", Conversation)
+PAIRS: list[PreferencePair] = read_rows(SHIPPED, "data/dpo", PreferencePair)
+QUESTIONS: list[Question] = read_rows(SHIPPED, "data/eval/questions", Question)
+CHOICES: list[MultipleChoice] = read_rows(SHIPPED, "data/eval/choices", MultipleChoice)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_rows_have_all_their_fields_and_stand_in_the_file_of_their_domain(name: str) -> None:
+    for row in rows(name):
+        values = row.model_dump(exclude_unset=True)
+        assert set(values) == {"id", "domain", "difficulty"} | FIELDS[name], row.id
+        assert Path(row.where.split(":")[0]).stem == row.domain, row.id
+        assert row.difficulty in {"beginner", "intermediate", "expert"}, row.id
+    assert {row.domain for row in rows(name)} == DOMAINS
+
+
+def test_ids_are_unique_over_all_files() -> None:
+    ids = Counter(row.id for name in KINDS for row in rows(name))
+    assert [i for i, count in ids.items() if count > 1] == []
+
+
+# ── Pairs: length and form must not tell which side is chosen ────────────────────────────────────────────────────────
+
+
+def auc(measure: Callable[[str], float]) -> float:
+    """P(a random chosen answer measures more than a random rejected one), ties half: Mann and Whitney's."""
+    chosen, rejected = ([measure(getattr(p, side)[0].content) for p in PAIRS] for side in ("chosen", "rejected"))
+    return sum((c > r) + 0.5 * (c == r) for c in chosen for r in rejected) / len(PAIRS) ** 2
+
+
+def paired_auc(measure: Callable[[str], float]) -> float:
+    """The same within each pair, as a preference loss sees it."""
+    sides = [(measure(p.chosen[0].content), measure(p.rejected[0].content)) for p in PAIRS]
+    return sum((c > r) + 0.5 * (c == r) for c, r in sides) / len(sides)
+
+
+@pytest.mark.parametrize("share", [auc, paired_auc])
+def test_length_in_tokens_does_not_tell_which_side_is_chosen(base: Base, share: Callable[..., float]) -> None:
+    tokenizer = base.tokenizer()
+    assert 0.4 <= share(lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])) <= 0.6
+
+
+@pytest.mark.parametrize("share", [auc, paired_auc])
+@pytest.mark.parametrize(
+    "measure",
+    [len, lambda text: text.count("```"), lambda text: len(re.findall(r"^\s*[-*] ", text, re.MULTILINE))],
+    ids=["characters", "code blocks", "list items"],
+)
+def test_form_does_not_tell_which_side_is_chosen(share: Callable[..., float], measure: Callable[[str], float]) -> None:
+    assert 0.4 <= share(measure) <= 0.6
+
+
+def test_every_pair_names_its_fault() -> None:
+    assert {p.fault for p in PAIRS} == {"generic", "incomplete", "inaccurate", "outdated", "insecure"}
+
+
+# ── Choices: neither place nor length gives the answer away ──────────────────────────────────────────────────────────
+
+
+def test_answers_are_spread_over_the_places_and_are_not_the_longest_by_habit() -> None:
+    places = Counter(c.answer for c in CHOICES)
+    assert set(places) == {0, 1, 2, 3} and max(places.values()) <= 2 * min(places.values())
+    longest = sum(len(c.choices[c.answer]) == max(map(len, c.choices)) for c in CHOICES)
+    assert 0.1 <= longest / len(CHOICES) <= 0.4, "chance is a quarter"
+    assert all(len(c.choices) == len(set(c.choices)) == 4 for c in CHOICES)
+
+
+# ── Code blocks ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def answers() -> Iterator[tuple[str, str]]:
+    for row in CONVERSATIONS:
+        yield from ((row.id, m.content) for m in row.messages if m.role == "assistant")
+    for pair in PAIRS:
+        yield from ((f"{pair.id} {side}", getattr(pair, side)[0].content) for side in ("chosen", "rejected"))
+    for question in QUESTIONS:
+        yield question.id, question.reference or ""
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(row, text) of each fenced block in that language."""
+    fence = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
+    return [(where, text) for where, answer in answers() for _, name, text in fence.findall(answer) if name == language]
+
+
+def bash(text: str) -> None:
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True, capture_output=True)
+
+
+PARSERS: dict[str, Callable[[str], object]] = {
+    "python": ast.parse,
+    "json": json.loads,
+    "yaml": lambda text: list(yaml.safe_load_all(text)),
+    "bash": bash,
+}
+
+
+@pytest.mark.parametrize("language", PARSERS)
+def test_code_blocks_parse(language: str) -> None:
+    found, broken = blocks(language), []
+    for where, text in found:
+        try:
+            PARSERS[language](text)
+        except (SyntaxError, ValueError, yaml.YAMLError, subprocess.CalledProcessError) as error:
+            broken.append(f"{where}: {error}")
+    assert found and broken == []
+
+
+def test_code_blocks_are_closed_and_name_their_language() -> None:
+    for where, answer in answers():
+        fences = re.findall(r"^ *```(\S*)$", answer, re.MULTILINE)
+        assert len(fences) == answer.count("```") and len(fences) % 2 == 0, where
+        assert all(fences[::2]) and not any(fences[1::2]), where
+
+
+# ── No leak, nothing dropped ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def shingles(text: str, size: int = 4) -> set[tuple[str, ...]]:
+    found = words(text)
+    return {tuple(found[n : n + size]) for n in range(max(1, len(found) - size + 1))}
+
+
+PROMPTS = {
+    "sft": [(r.id, m.content) for r in CONVERSATIONS for m in r.messages if m.role == "user"],
+    "dpo": [(p.id, p.prompt[-1].content) for p in PAIRS],
+    "eval": [(q.id, q.prompt) for q in QUESTIONS] + [(c.id, c.question) for c in CHOICES],
+}
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(PROMPTS, 2)))
+def test_no_prompt_stands_in_two_sets_even_reworded(one: str, other: str) -> None:
+    alike = [
+        (a, b)
+        for (a, first), (b, second) in itertools.product(PROMPTS[one], PROMPTS[other])
+        if overlap(set(words(first)), set(words(second))) > 0.5 or overlap(shingles(first), shingles(second)) > 0.2
+    ]
+    assert alike == []
+
+
+def overlap(one: set[object], other: set[object]) -> float:
+    """Jaccard's: shared over all."""
+    return len(one & other) / len(one | other)
+
+
+def test_no_shipped_row_would_be_rejected_in_training(base: Base) -> None:
+    chat: Chat = base.chat()
+    for row in CONVERSATIONS:
+        assert chat.reserved_in(row.messages) is None and len(chat.conversation(row.messages).ids) <= LONGEST_PROFILE
+    for pair in PAIRS:
+        assert chat.reserved_in([*pair.prompt, *pair.chosen, *pair.rejected]) is None
+        assert max(len(side.ids) for side in encode_pair(chat, pair)) <= LONGEST_PROFILE

@@ -1,0 +1,147 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Cost
+from pipeline.records import capture
+from pipeline.records.capture import redact
+
+KEY = "hf_" + "Ab1" * 8  # put together here, or this file's own patch would be redacted
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A git checkout with one commit, taken for the project's."""
+    root = tmp_path / "checkout"
+    (root / "experiments").mkdir(parents=True)
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("code.py", "experiments/EXP.yaml"):
+        (root / name).write_text("a = 1\n")
+    git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "first"], check=True)
+    monkeypatch.setattr(capture, "CHECKOUT", root)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"use {KEY} here", "use [redacted] here"),
+        ("sk-" + "proj-abcDEF0123456789xyz", "[redacted]"),
+        ("gh" + "p_abcdefghijklmnopqrst", "[redacted]"),
+        ("github" + "_pat_11ABCDEFG0abcdefghij_klm", "[redacted]"),
+        ("AKIA" + "ABCDEFGHIJKLMNOP", "[redacted]"),
+        ("https://me:" + "hunter22@host/path", "https://[redacted]@host/path"),
+        ("--set api_key" + "=abcdefgh --port 1", "--set api_key=[redacted] --port 1"),
+        ('{"password"' + ': "hunter22", "a": 1}', '{"password": "[redacted]", "a": 1}'),
+        ("HF_TOKEN" + "=abcdefgh", "HF_TOKEN=[redacted]"),
+        ("SECRET_KEY" + " = 'abcdefgh'", "SECRET_KEY = '[redacted]'"),
+        ("aws_secret_access_key" + " = abc/def+ghi", "aws_secret_access_key = [redacted]"),
+        ("Authorization" + ": Bearer abcdefgh", "Authorization: Bearer [redacted]"),
+        ("authorization" + ": Basic YWJjZGVmZ2g=", "authorization: Basic [redacted]"),
+    ],
+)
+def test_secrets_are_redacted_and_what_stands_around_them_is_not(text: str, expected: str) -> None:
+    assert redact(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sft_config.max_tokens=800",
+        "tokenizer = AutoTokenizer.from_pretrained(name)",
+        "trained_tokens_an_epoch: 24332",
+        "https://host:8000/v1/models",
+        "1234567e8a0b1c2d3e4f5a6b7c8d9e0f1a2b3c4d",
+        "me@example.com",
+    ],
+)
+def test_what_is_no_secret_is_left(text: str) -> None:
+    assert redact(text) == text
+
+
+def test_the_command_is_recorded_without_its_secrets(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/x/aletheia", "sft", "--set", "a=b c", "--set", f"x={KEY}"])
+    assert capture.code(tmp_path)["command"] == "aletheia sft --set 'a=b c' --set x=[redacted]"
+
+
+def test_a_clean_checkout_is_said_to_be_clean(checkout: Path, tmp_path: Path) -> None:
+    facts = capture.code(tmp_path)
+    assert len(facts["commit"]) == 40
+    assert facts["dirty"] is False
+    assert not (tmp_path / "code.patch").exists()
+
+
+def test_the_patch_brings_the_commit_to_what_ran(checkout: Path, tmp_path: Path) -> None:
+    (checkout / "code.py").write_bytes(b"a = 2  # caf\xe9, no utf-8\n")
+    (checkout / "experiments" / "EXP.yaml").write_text("a note\n")
+    (checkout / "new.py").write_text("b = 1\n")
+    facts = capture.code(tmp_path)
+    assert facts["dirty"] is True
+    assert facts["untracked"] == ["new.py"]
+    assert facts["patch"] == {
+        "path": f"{tmp_path.name}/code.patch",
+        "sha256": capture.hashlib.sha256((tmp_path / "code.patch").read_bytes()).hexdigest(),
+    }
+    changed = (checkout / "code.py").read_bytes()
+    subprocess.run(["git", "-C", str(checkout), "checkout", "-q", "--", "."], check=True)
+    subprocess.run(["git", "-C", str(checkout), "apply", str(tmp_path / "code.patch")], check=True)
+    assert (checkout / "code.py").read_bytes() == changed
+    assert (checkout / "experiments" / "EXP.yaml").read_text() == "a = 1\n"
+
+
+def test_the_patch_is_kept_without_secrets_and_says_so(checkout: Path, tmp_path: Path) -> None:
+    (checkout / "code.py").write_text(f'a = "{KEY}"\n')
+    facts = capture.code(tmp_path)
+    patch = (tmp_path / "code.patch").read_text()
+    assert '+a = "[redacted]"' in patch
+    assert KEY not in patch
+    assert facts["patch"]["redacted"] is True
+
+
+def test_notes_and_records_do_not_make_the_code_dirty(checkout: Path, tmp_path: Path) -> None:
+    (checkout / "experiments" / "EXP.yaml").write_text("edited\n")
+    (checkout / "experiments" / "EXP-new.yaml").write_text("new\n")
+    assert capture.code(tmp_path)["dirty"] is False
+
+
+def test_code_outside_git_says_why_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    monkeypatch.setattr(capture, "CHECKOUT", tmp_path)
+    facts = capture.code(tmp_path)
+    assert facts["commit"] is None
+    assert "not in a git checkout" in facts["reason"]
+
+
+def test_libraries_that_differ_from_the_lock_file_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = capture.version("pydantic")
+    lock = tmp_path / "requirements.lock"
+    lock.write_text(f"# made by hand\npydantic=={installed}\npyyaml==0.1\nno-such-package==1.0\n")
+    monkeypatch.setattr(capture, "LOCK_FILE", lock)
+    facts = capture.environment()["lock"]
+    assert facts["sha256"] == capture.hashlib.sha256(lock.read_bytes()).hexdigest()
+    assert facts["differing"] == {
+        "pyyaml": f"{capture.version('pyyaml')} installed, 0.1 locked",
+        "no-such-package": "None installed, 1.0 locked",
+    }
+
+
+def test_the_cost_is_energy_times_price_and_says_how_it_was_measured() -> None:
+    meter = capture.Meter(Cost(kwh=1000.0, co2_per_kwh=0.5, currency="EUR"))
+    sum(range(3_000_000))  # some processor time
+    facts = meter.read()
+    assert facts["gpu_hours"] == 0.0
+    assert facts["peak_memory_gb"] > 0
+    energy = facts["energy"]
+    assert energy["kwh"] > 0
+    assert energy["kwh"] == pytest.approx(facts["cpu_seconds"] * capture.WATTS_PER_BUSY_CORE / 3.6e6, rel=0.2)
+    assert energy["co2_kg"] == pytest.approx(energy["kwh"] * 0.5, rel=0.01)
+    assert facts["cost"] == {"amount": pytest.approx(energy["kwh"] * 1000, rel=0.01), "currency": "EUR"}
+    assert energy["how"] == "estimated: 10 W a busy core"

@@ -1,0 +1,269 @@
+"""Rows at the door: what is read, what is refused with file and line, how they are split, hashed and shuffled."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import Validation
+from pipeline.data import (
+    Conversation,
+    MultipleChoice,
+    PreferencePair,
+    Question,
+    Row,
+    describe,
+    read_rows,
+    row_hash,
+    shuffle_answers,
+    split,
+)
+from pipeline.errors import UserError
+from pipeline.workspace import Workspace
+
+USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+OTHER = {"role": "assistant", "content": "b"}
+ROWS: dict[type[Row], dict[str, Any]] = {
+    Conversation: {"messages": [USER, ASSISTANT]},
+    PreferencePair: {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [OTHER]},
+    Question: {"prompt": "q", "key_points": ["k"]},
+    MultipleChoice: {"question": "q", "choices": ["a", "b"], "answer": 1},
+}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path)
+
+
+def read(home: Workspace, *lines: str | bytes, kind: type[Any] = Conversation) -> list[Any]:
+    home.path("rows.jsonl").write_bytes(b"\n".join(v.encode() if isinstance(v, str) else v for v in lines))
+    return read_rows(home, "rows.jsonl", kind)
+
+
+def conversations(count: int, domains: int = 1, turns: int = 1) -> list[Conversation]:
+    return [
+        Conversation(
+            id=f"c{n}",
+            domain=f"d{n % domains}",
+            messages=[m for t in range(turns) for m in ({**USER}, {**ASSISTANT, "content": f"answer {n}.{t}"})],  # type: ignore[misc]
+        )
+        for n in range(count)
+    ]
+
+
+# ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_only_the_text_fields_are_required_and_unknown_ones_are_kept(home: Workspace, kind: type[Row]) -> None:
+    (row,) = read(home, json.dumps(ROWS[kind] | {"source": "wiki"}), kind=kind)
+    assert (row.id, row.where, row.domain) == ("rows.jsonl:1", "rows.jsonl:1", "unknown")
+    assert row.source == "wiki"
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_missing_text_field_is_named_with_file_line_and_the_shape_wanted(home: Workspace, kind: type[Row]) -> None:
+    for field in ROWS[kind]:
+        values = {k: v for k, v in ROWS[kind].items() if k != field} | {"text": "?"}
+        with pytest.raises(UserError) as error:
+            read(home, json.dumps(ROWS[kind]), json.dumps(values), kind=kind)
+        assert str(error.value).startswith(f"rows.jsonl:2: has no `{field}` (found: ")
+        assert "text)" in str(error.value) and f'"{field}"' in error.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "is not JSON: "),
+        ("[1]", "is a list, not an object"),
+        ("[" * 100_000, "is nested too deeply"),
+        (b'{"messages": "\xff"}', "is not UTF-8 (byte 15)"),
+        ('{"messages": []}', "messages: List should have at least 2 items"),
+        ('{"messages": "hi"}', "messages: "),
+    ],
+)
+def test_line_that_is_no_row_is_refused_with_file_and_line(home: Workspace, line: str | bytes, said: str) -> None:
+    good = json.dumps(ROWS[Conversation])
+    with pytest.raises(UserError) as error:
+        read(home, good, "", line, good)
+    assert str(error.value).startswith("rows.jsonl:3: ") and said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([USER, USER], "roles must be"),
+        ([ASSISTANT, USER], "roles must be"),
+        ([USER, ASSISTANT, USER], "the last message must be the assistant's"),
+        ([{"role": "system", "content": "s"}, ASSISTANT], "roles must be"),
+        ([USER, {"role": "system", "content": "s"}, ASSISTANT], "roles must be"),
+        ([{"role": "human", "content": "q"}, ASSISTANT], "messages.0.role"),
+        ([USER, {"role": "assistant", "content": " \n"}], "messages.1.content: is empty"),
+        ([USER, {"role": "assistant", "content": None}], "messages.1.content"),
+        ([USER, {"role": "assistant", "content": "a\ud800"}], "messages.1.content"),
+        ([USER, ASSISTANT | {"weight": 0}], "messages.1.weight"),
+    ],
+)
+def test_conversation_that_cannot_be_trained_is_refused(home: Workspace, messages: list[Any], said: str) -> None:
+    with pytest.raises(UserError, match=f"^rows.jsonl:1: .*{said}"):
+        read(home, json.dumps({"messages": messages}))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rejected": [{"role": "assistant", "content": " a\n"}]}, "chosen and rejected are the same text"),
+        ({"prompt": [USER, ASSISTANT]}, "roles must be"),
+        ({"prompt": [{"role": "system", "content": "s"}]}, "roles must be"),
+        ({"rejected": [USER]}, "chosen and rejected must be the assistant's"),
+        ({"chosen": [ASSISTANT, ASSISTANT]}, "chosen: "),
+        ({"prompt": []}, "prompt: "),
+    ],
+)
+def test_pair_that_cannot_be_trained_is_refused(home: Workspace, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=f"^rows.jsonl:1: {said}"):
+        read(home, json.dumps(ROWS[PreferencePair] | change), kind=PreferencePair)
+
+
+@pytest.mark.parametrize("answer", [2, -1, "1", True])
+def test_answer_that_is_no_choice_is_refused(home: Workspace, answer: Any) -> None:
+    with pytest.raises(UserError, match=r"^rows.jsonl:1: answer"):
+        read(home, json.dumps(ROWS[MultipleChoice] | {"answer": answer}), kind=MultipleChoice)
+
+
+def test_byte_order_mark_crlf_and_blank_lines_are_read(home: Workspace) -> None:
+    row = json.dumps(ROWS[Conversation]).encode()
+    rows = read(home, b"\xef\xbb\xbf" + row + b"\r", b"\r", row, b"")
+    assert [r.where for r in rows] == ["rows.jsonl:1", "rows.jsonl:3"]
+
+
+def test_line_separators_inside_a_text_do_not_end_the_row(home: Workspace) -> None:
+    text = "a\u2028b\u0085c\x0bd"
+    values = {"messages": [USER, {"role": "assistant", "content": text}]}
+    (row,) = read(home, json.dumps(values, ensure_ascii=False))
+    assert row.messages[1].content == text
+
+
+def test_id_that_stands_twice_is_refused_with_both_places(home: Workspace) -> None:
+    row = json.dumps(ROWS[Conversation] | {"id": "x"})
+    with pytest.raises(UserError, match=r"^rows.jsonl:2: the id `x` stands at rows.jsonl:1 too$"):
+        read(home, row, row)
+
+
+def test_folder_is_read_whole_in_the_order_of_names(home: Workspace) -> None:
+    for name in ("b.jsonl", "a.jsonl", "deep/c.jsonl"):
+        path = home.path(f"rows/{name}")
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(json.dumps(ROWS[Conversation]))
+    home.path("rows/README.md").write_text("not rows")
+    assert [r.where for r in read_rows(home, "rows", Conversation)] == [
+        "rows/a.jsonl:1", "rows/b.jsonl:1", "rows/deep/c.jsonl:1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nowhere", "nowhere: there is no such file or folder"),
+        ("empty.jsonl", "empty.jsonl: holds no rows"),
+        ("folder", r"folder: holds no .jsonl file \(found: .csv\)"),
+    ],
+)
+def test_nothing_to_read_says_what_is_there(home: Workspace, name: str, said: str) -> None:
+    home.path("empty.jsonl").write_text("\n")
+    home.path("folder").mkdir()
+    home.path("folder/rows.csv").write_text("a,b")
+    with pytest.raises(UserError, match=f"^{said}"):
+        read_rows(home, name, Conversation)
+
+
+# ── Hash and split ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_description_depends_on_content_not_on_order_or_place(home: Workspace) -> None:
+    one, two = (json.dumps({"messages": [USER, {"role": "assistant", "content": c}]}) for c in "ab")
+    first = describe(read(home, one, two))
+    assert first == describe(read(home, "", two, one))
+    assert first["rows"] == 2 and first["domains"] == {"unknown": 2}
+    assert first["sha256"] != describe(read(home, one, two.replace('"b"', '"c"')))["sha256"]
+
+
+def test_hash_counts_every_field_of_a_row() -> None:
+    (row,) = conversations(1)
+    hashes = {row_hash(row.model_copy(update=u)) for u in ({}, {"id": "y"}, {"domain": "y"}, {"difficulty": "y"})}
+    assert len(hashes) == 4
+
+
+@pytest.mark.parametrize("strategy", ["stratified", "random"])
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.34, 0.9])
+def test_split_is_a_partition_in_the_order_of_the_rows(strategy: Any, fraction: float) -> None:
+    rows = conversations(25, domains=3)
+    train, held_out = split(rows, Validation(fraction=fraction, strategy=strategy, seed=1))
+    assert sorted([*train, *held_out], key=rows.index) == rows
+    assert train == [r for r in rows if r not in held_out]
+    assert abs(len(held_out) - 25 * fraction) < 3 * 0.5 + 1e-9
+
+
+def test_stratified_split_holds_out_the_share_of_each_domain() -> None:
+    _, held_out = split(conversations(60, domains=3), Validation(fraction=0.1, seed=1))
+    assert describe(held_out)["domains"] == {"d0": 2, "d1": 2, "d2": 2}
+
+
+def test_split_follows_the_seed_and_not_the_order() -> None:
+    rows = conversations(40)
+
+    def held_out(rows: list[Conversation], seed: int) -> set[str]:
+        return {r.id for r in split(rows, Validation(fraction=0.25, seed=seed))[1]}
+
+    assert held_out(rows, 1) == held_out(rows[::-1], 1) != held_out(rows, 2)
+
+
+def test_adding_a_row_moves_at_most_one_other() -> None:
+    rows, validation = conversations(60), Validation(fraction=0.1, seed=1)
+    for n in range(1, 60):
+        before, after = ({r.id for r in split(rows[:size], validation)[1]} for size in (n, n + 1))
+        assert len((before ^ after) - {rows[n].id}) <= 1
+
+
+def test_split_of_rows_without_ids_does_not_depend_on_their_line(home: Workspace) -> None:
+    lines = [json.dumps({"messages": r.model_dump()["messages"]}) for r in conversations(40)]
+
+    def held_out(*lines: str) -> set[str]:
+        return {r.messages[1].content for r in split(read(home, *lines), Validation(fraction=0.25, seed=1))[1]}
+
+    assert held_out(*lines) == held_out("", *reversed(lines))
+
+
+# ── The control ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("rows", "turns"), [(2, 1), (7, 1), (2, 3), (9, 2)])
+def test_control_puts_every_answer_under_another_rows_question(rows: int, turns: int) -> None:
+    before = conversations(rows, turns=turns)
+    for seed in range(5):
+        after = shuffle_answers(before, seed)
+        for was, now in zip(before, after, strict=True):
+            assert [m.role for m in now.messages] == [m.role for m in was.messages]
+            assert not {m.content for m in now.messages[1::2]} & {m.content for m in was.messages[1::2]}
+            assert now.messages[::2] == was.messages[::2] and (now.id, now.where) == (was.id, was.where)
+        texts = [sorted(m.content for r in side for m in r.messages) for side in (before, after)]
+        assert texts[0] == texts[1]
+    assert before == conversations(rows, turns=turns), "the rows themselves stay as they are"
+
+
+def test_control_mixes_conversations_of_different_length_too() -> None:
+    rows = [*conversations(3, turns=2), *(r.model_copy(update={"id": f"x{r.id}"}) for r in conversations(9)[3:])]
+    for was, now in zip(rows, shuffle_answers(rows, 42), strict=True):
+        assert not {m.content for m in now.messages[1::2]} & {m.content for m in was.messages[1::2]}
+
+
+def test_control_is_the_same_for_the_same_seed() -> None:
+    rows = conversations(9)
+    assert shuffle_answers(rows, 1) == shuffle_answers(rows, 1) != shuffle_answers(rows, 2)
+
+
+def test_control_of_too_few_rows_is_refused() -> None:
+    with pytest.raises(UserError, match="too few rows to shuffle"):
+        shuffle_answers(conversations(1), 1)

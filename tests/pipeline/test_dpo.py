@@ -1,0 +1,277 @@
+"""Promise 3, DPO starts from SFT, with its guard and the faults it must catch; and 5 for DPO's own source."""
+
+import json
+import math
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline import data, private
+from pipeline.data import PreferencePair
+from pipeline.dpo import Dpo
+from pipeline.errors import Interrupted, StageFailed, UserError
+from pipeline.heldout import encode_pair
+from pipeline.model import Base
+from pipeline.records.find import records
+from pipeline.records.lifecycle import Record
+from pipeline.stage import Job, run_stage
+from pipeline.workspace import Workspace
+
+Losses = Callable[[Any, list[int]], list[float]]
+SHORT = ("dpo_config.epochs=1.0", "dpo_config.warmup_ratio=0.0", "dpo_config.schedule=constant_with_warmup")
+
+
+def plain(base: Base, adapter: Path) -> Any:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.folder), adapter)
+
+
+def tensors(adapter: Path) -> dict[str, torch.Tensor]:
+    return load_file(adapter / "adapter_model.safetensors")
+
+
+def logged(record: Record) -> list[dict[str, Any]]:
+    lines = (record.folder / "log.jsonl").read_text("utf-8").splitlines()
+    return [entry for entry in map(json.loads, lines) if "loss" in entry]
+
+
+def test_dpo_starts_at_ln_2_with_the_sft_policy_as_its_reference(trained: Any) -> None:
+    facts = trained.record("dpo").facts()
+    reference = facts.results["reference"]
+    assert reference["is"] == trained.sft == facts.lineage.inputs[0].id
+    assert reference["loss_at_step_0"] == pytest.approx(0.693147, abs=1e-4)
+    assert reference["margin_at_step_0"] == pytest.approx(0, abs=1e-4)
+    assert reference["max_log_prob_distance_from_base"] > 1
+
+
+def test_recorded_margins_are_those_of_the_sft_and_the_dpo_adapter(
+    trained: Any, base: Base, token_losses: Losses
+) -> None:
+    """Before DPO the policy gives the SFT adapter's figures, and what plain peft loads afterwards gives the others."""
+    pairs = data.read_rows(trained.workspace, "data/dpo", PreferencePair)
+    _, held_out = data.split(pairs, trained.job().config.training_data.validation)
+    told = [
+        json.loads(line) for line in (trained.record("dpo").folder / "heldout.jsonl").read_text("utf-8").splitlines()
+    ]
+    assert [row["id"] for row in told] == [pair.id for pair in held_out]
+    chat = base.chat()
+    for when, stage in (("before", "sft"), ("after", "dpo")):
+        model = plain(base, trained.output(stage))
+        for pair, row in zip(held_out, told, strict=True):
+            chosen, rejected = (
+                -sum(l for l, on in zip(token_losses(model, side.ids), side.mask[1:], strict=True) if on)
+                for side in encode_pair(chat, pair)
+            )
+            assert row[when] == pytest.approx(chosen - rejected, abs=2e-2)  # of sums of hundreds of nats
+
+
+def test_the_result_is_one_adapter_that_continues_the_sft_adapter(trained: Any) -> None:
+    sft, dpo = tensors(trained.output("sft")), tensors(trained.output("dpo"))
+    assert sft.keys() == dpo.keys()
+    assert not [path for path in trained.output("dpo").iterdir() if path.is_dir()]  # no `ref` beside it
+    assert all(tensor.dtype == torch.float32 for tensor in dpo.values())
+    assert all(not torch.equal(sft[name], dpo[name]) for name in sft)
+
+    def size(values: dict[str, torch.Tensor]) -> float:
+        return torch.cat([value.flatten() for value in values.values()]).norm().item()
+
+    assert size({name: dpo[name] - sft[name] for name in sft}) < 0.2 * size(sft)  # a new one would be as far as it is large
+
+
+def zeroed(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if ".ref." in name:
+            parameter.data.zero_()
+
+
+def the_base_on_both_sides(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+
+
+def perturbed(model: Any) -> None:
+    name, parameter = next((n, p) for n, p in model.named_parameters() if ".ref." in n and "lora_B" in n)
+    parameter.data[3, 2] += 1e-6
+
+
+def moved_policy(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if ".default." in name and "lora_B" in name:
+            parameter.data *= 1.05
+
+
+def broken_policy(model: Any) -> None:
+    name, parameter = next((n, p) for n, p in model.named_parameters() if ".default." in n and "lora_B" in n)
+    parameter.data[0, 0] = float("nan")
+
+
+def rounded_on_both_sides(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16().float()
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (zeroed, "not ln 2"),
+        (moved_policy, "not ln 2"),
+        (broken_policy, "not ln 2"),
+        (perturbed, "differs from the SFT adapter"),
+        (rounded_on_both_sides, "differs from the SFT adapter"),
+        (the_base_on_both_sides, "differs from the SFT adapter"),
+    ],
+)
+def test_a_reference_that_is_not_the_sft_policy_fails_the_run_at_step_0(
+    trained_copy: Any, monkeypatch: pytest.MonkeyPatch, fault: Callable[[Any], None], said: str
+) -> None:
+    class Faulty(private.PreparedDpoTrainer):
+        def evaluate(self, *arguments: Any, **options: Any) -> Any:
+            with torch.no_grad():
+                fault(self.model)
+            return super().evaluate(*arguments, **options)
+
+    monkeypatch.setattr(private, "PreparedDpoTrainer", Faulty)
+    with pytest.raises(StageFailed, match=said):
+        run_stage(Dpo, trained_copy.job())
+    facts = newest(trained_copy.workspace)
+    assert facts.status == "failed" and facts.failure.step == 0
+    assert not (trained_copy.workspace.checkpoints / newest_id(trained_copy.workspace) / "adapter").exists()
+
+
+def newest(workspace: Workspace) -> Any:
+    return next(records(workspace))[1]
+
+
+def newest_id(workspace: Workspace) -> str:
+    return next(records(workspace))[0].id
+
+
+def test_an_sft_adapter_that_changes_nothing_is_no_reference(trained_copy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third guard alone: tensors agree and the loss is ln 2, but the log-probs are the base's."""
+    honest = private.reference_log_probs
+    monkeypatch.setattr(private, "reference_log_probs", lambda *given: (honest(*given)[1],) * 2)
+    with pytest.raises(StageFailed, match="it is not the SFT policy"):
+        run_stage(Dpo, trained_copy.job())
+
+
+def test_dpo_straight_on_the_base_when_asked(small_talk: Workspace, job: Callable[..., Job], base: Base) -> None:
+    record = run_stage(Dpo, job(*SHORT, source="base"))
+    reference = record.facts.results["reference"]
+    assert reference["is"] == "base" and record.facts.lineage.inputs == []
+    assert reference["max_log_prob_distance_from_base"] == 0
+    losses = [entry["loss"] for entry in logged(record)]
+    assert losses[0] == pytest.approx(0.693147, abs=1e-4) and losses[-1] < losses[0]
+    plain(base, record.output / "adapter")
+
+
+def test_dpo_without_an_sft_record_says_what_to_run(small_talk: Workspace, job: Callable[..., Job]) -> None:
+    with pytest.raises(UserError, match=r"^no complete sft record of profile `small` yet; try make sft PROFILE=small$"):
+        run_stage(Dpo, job())
+    assert not small_talk.experiments.exists()
+
+
+def test_log_probs_of_the_first_step_are_those_of_the_completions(
+    small_talk: Workspace, job: Callable[..., Job], base: Base, token_losses: Losses
+) -> None:
+    """The mask promise on the real trainer: trl's own figure for a batch of every pair, worked out from the base."""
+    from transformers import AutoModelForCausalLM
+
+    record = run_stage(Dpo, job(*SHORT, "dpo_config.batch_size=6", source="base"))
+    model, chat = AutoModelForCausalLM.from_pretrained(base.folder), base.chat()
+    sums: list[list[float]] = [[], []]
+    for pair in data.read_rows(small_talk, "data/dpo", PreferencePair):
+        for side, encoded, answer in zip(sums, encode_pair(chat, pair), (pair.chosen, pair.rejected), strict=True):
+            trained_ids = [t for t, on in zip(encoded.ids, encoded.mask, strict=True) if on]
+            assert chat.tokenizer.decode(trained_ids) == f"{answer[0].content}\n<|EOT|>"
+            side.append(-sum(l for l, on in zip(token_losses(model, encoded.ids), encoded.mask[1:], strict=True) if on))
+    entry = logged(record)[0]
+    assert entry["logps/chosen"] == pytest.approx(sum(sums[0]) / 6, abs=1e-2)
+    assert entry["logps/rejected"] == pytest.approx(sum(sums[1]) / 6, abs=1e-2)
+
+
+@pytest.mark.parametrize("pairs", [6, 3])
+def test_how_a_step_is_executed_does_not_change_what_it_learns(
+    small_talk: Workspace, job: Callable[..., Job], pairs: int
+) -> None:
+    """6 pairs: steps of 4 and 2. 3 pairs: one step of passes of unlike size."""
+    file = small_talk.root / "data/dpo/few.jsonl"
+    file.write_text("\n".join(file.read_text("utf-8").splitlines()[:pairs]) + "\n", "utf-8")
+    found = []
+    for batch, accumulation in ((4, 1), (2, 2)):
+        chosen = (f"dpo_config.batch_size={batch}", f"dpo_config.gradient_accumulation={accumulation}")
+        found.append(run_stage(Dpo, job(*SHORT, *chosen, "dpo_config.learning_rate=1e-3", source="base")))
+    whole, parts = ([entry["loss"] for entry in logged(record)] for record in found)
+    assert len(whole) == math.ceil(pairs / 4)
+    assert parts == pytest.approx(whole, abs=1e-5)
+    whole_adapter, parts_adapter = (tensors(record.output / "adapter") for record in found)
+    size = torch.cat([t.flatten() for n, t in whole_adapter.items() if "lora_B" in n]).norm()
+    difference = torch.cat([(parts_adapter[n] - t).flatten() for n, t in whole_adapter.items()]).norm()
+    assert difference < 1e-3 * size
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """SIGTERM to this process in the middle of the training step of that number, once."""
+    honest, seen = private.PreparedDpoTrainer.training_step, []
+
+    def training_step(self: Any, *arguments: Any, **options: Any) -> Any:
+        seen.append(1)
+        if len(seen) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(self, *arguments, **options)
+
+    monkeypatch.setattr(private.PreparedDpoTrainer, "training_step", training_step)
+
+
+def test_interrupted_dpo_resumed_equals_uninterrupted_on_the_source_it_began_from(
+    trained_copy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It began on the base; the resume names no source, and an SFT adapter is there to be taken by mistake."""
+    settings = (*SHORT, "dpo_config.batch_size=1", "dpo_config.learning_rate=1e-3")
+    whole = run_stage(Dpo, trained_copy.job(*settings, source="base"))
+    interrupt_at(monkeypatch, step=3)
+    with pytest.raises(Interrupted, match="after step 3/6"):
+        run_stage(Dpo, trained_copy.job(*settings, source="base"))
+    resumed = run_stage(Dpo, trained_copy.job(resume=True))
+    assert [change.status for change in resumed.facts.history] == ["running", "cancelled", "running", "complete"]
+    assert resumed.facts.results["reference"] == whole.facts.results["reference"]
+    assert [entry["loss"] for entry in logged(resumed)] == [entry["loss"] for entry in logged(whole)]
+    expected, found = tensors(whole.output / "adapter"), tensors(resumed.output / "adapter")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_resume_from_another_source_is_refused(trained_copy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_at(monkeypatch, step=1)
+    with pytest.raises(Interrupted):
+        run_stage(Dpo, trained_copy.job())
+    with pytest.raises(UserError, match=f"began from {trained_copy.sft}, not base"):
+        run_stage(Dpo, trained_copy.job(source="base", resume=True))
+
+
+def test_a_changed_sft_adapter_is_refused(trained_copy: Any) -> None:
+    adapter = trained_copy.output("sft") / "adapter_model.safetensors"
+    content = bytearray(adapter.read_bytes())
+    content[-1] ^= 1
+    adapter.write_bytes(content)
+    with pytest.raises(UserError, match="adapter_model.safetensors was changed since"):
+        run_stage(Dpo, trained_copy.job())
+
+
+def test_an_adapter_made_for_another_base_is_refused(trained_copy: Any, base: Base, tmp_path: Path) -> None:
+    """The reference would otherwise be another base with the SFT adapter on it: not the SFT policy."""
+    other = shutil.copytree(base.folder, tmp_path / "other")
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match="was trained on other weights than this base's"):
+        run_stage(Dpo, trained_copy.job(f"base_model={other}"))

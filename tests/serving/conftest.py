@@ -1,0 +1,105 @@
+"""A server in a process of its own, and the greedy text that plain transformers gives."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from pipeline.chat import Chat
+from pipeline.records.file import RecordFile
+from pipeline.records.schema import Facts
+from pipeline.workspace import CHECKOUT, Workspace
+
+
+@dataclass
+class Server:
+    """`aletheia serve`, ready. `stop` ends it as a person would."""
+
+    process: "subprocess.Popen[str]"
+    workspace: Workspace
+    model: str
+    address: str  # http://127.0.0.1:8000/v1
+
+    def post(self, path: str, **request: object) -> httpx.Response:
+        return httpx.post(f"{self.address}/{path}", timeout=60, **request)  # type: ignore[arg-type]
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.address, api_key="none", max_retries=0, timeout=60)
+
+    @property
+    def async_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=self.address, api_key="none", max_retries=0, timeout=60)
+
+    def stop(self) -> tuple[int, str, Facts]:
+        """Exit code, stdout and the record."""
+        self.process.send_signal(signal.SIGTERM)
+        out, _ = self.process.communicate(timeout=60)
+        facts = RecordFile(self.workspace.root / out.strip()).facts()
+        assert facts is not None
+        return self.process.returncode, out, facts
+
+
+@pytest.fixture(scope="module")
+def serve() -> Iterator[Callable[..., Server]]:
+    """`serve(workspace, "--from", "EXP-…")` starts a server on a free port and waits until it answers."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(workspace: Workspace, *options: str) -> Server:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "aletheia.cli", "serve", "--profile", "small", "--port", "0", *options],
+            cwd=CHECKOUT,
+            env=os.environ | {"ALETHEIA_ROOT": str(workspace.root), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        said = []
+        for line in process.stderr or ():
+            said.append(line)
+            if found := re.match(r"serving (\S+) at (\S+)", line):
+                httpx.get(found[2].removesuffix("/v1") + "/health", timeout=60).raise_for_status()
+                return Server(process, workspace, found[1], found[2])
+        raise AssertionError(f"the server ended: {''.join(said)}")
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="session")
+def greedy() -> Callable[..., list[int]]:
+    """`greedy(folder, prompt, 40)`: the token ids that plain `generate()` adds, the end-of-turn included."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    models: dict[Path, object] = {}
+
+    def generate(folder: Path, prompt: Sequence[int], max_tokens: int) -> list[int]:
+        if folder not in models:
+            models[folder] = AutoModelForCausalLM.from_pretrained(folder).eval()
+        with torch.inference_mode():
+            output = models[folder].generate(  # type: ignore[attr-defined]
+                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False, max_new_tokens=max_tokens
+            )
+        return output[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+
+    return generate
+
+
+@pytest.fixture(scope="session")
+def tuned_chat(trained: object) -> Chat:
+    """The chat template that the merged model carries."""
+    from transformers import AutoTokenizer
+
+    return Chat(AutoTokenizer.from_pretrained(trained.output("merge")), "merged")  # type: ignore[attr-defined]
