@@ -193,4 +193,4 @@ def _own_records(job: Job, pipeline: Record) -> list[Any]:
 
 
 def _assignments(overrides: dict[str, Any]) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items()]

@@ -4,6 +4,7 @@ The profile's own tasks are the YAML files in `<training_data.eval>/tasks`; any 
 data comes from a hub. The chat template is applied, and no answer is cached between models.
 """
 
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,13 @@ def find_tasks(folder: Path, names: Sequence[str]) -> list[dict[str, Any] | str]
             task = yamlio.load(path.read_text("utf-8")).value
         except yamlio.YamlError as error:
             raise UserError(error.what, where=f"{path}:{error.line}:{error.column}") from None
-        files = task["dataset_kwargs"]["data_files"]
-        task["dataset_kwargs"]["data_files"] = {split: str(folder / pattern) for split, pattern in files.items()}
+        except UnicodeDecodeError:
+            raise UserError("is not UTF-8", where=str(path)) from None
+        if not isinstance(task, dict) or not isinstance(task.get("task"), str):
+            raise UserError("a task is a mapping of keys to values, one of them `task`, its name", where=str(path))
+        options = task.get("dataset_kwargs")
+        if task["task"] in names and isinstance(options, dict) and "data_files" in options:
+            options["data_files"] = _absolute(options["data_files"], folder, path)
         own[task["task"]] = task
     return [own.get(name, name) for name in names]
 
@@ -65,6 +71,18 @@ def run(
     except (ConnectionError, OSError, KeyError, ValueError) as error:
         raise StageFailed(f"lm-eval: {error}", remedy="eval_config.tasks with tasks whose data is at hand") from None
     return {name: _scores(name, results) for name in results["samples"]}
+
+
+def _absolute(files: Any, folder: Path, task: Path) -> Any:
+    """lm-eval takes patterns relative to where it was started; ours are relative to `folder`."""
+    if isinstance(files, dict):
+        return {split: _absolute(pattern, folder, task) for split, pattern in files.items()}
+    if isinstance(files, list):
+        return [_absolute(pattern, folder, task) for pattern in files]
+    pattern = str(folder / str(files))
+    if not glob.glob(pattern, recursive=True):
+        raise UserError(f"no file is named {pattern}", where=str(task))
+    return pattern
 
 
 def _scores(name: str, results: Any) -> Scores:

@@ -144,6 +144,8 @@ def _explain(
 
 def _sentence(error: ErrorDetails) -> str:
     given = error["input"]
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return f"is a section: it needs keys below it, not {given!r}"
     if not error["msg"].startswith("Input should be "):
         return f"{error['msg']}, not {given!r}"
     what = error["msg"].removeprefix("Input should be ").removeprefix("a valid ").replace("equal to", "=")

@@ -144,12 +144,17 @@ def usable(
     """
     kept, rejects = [], []
     for row in rows:
-        encoded = encode(row)
-        longest = max(len(side.ids) for side in (encoded if isinstance(encoded, tuple) else (encoded,)))
         reserved = chat.reserved_in(_messages(row))
         if reserved:
             rejects.append((row, f"its text holds the special token {reserved}"))
-        elif longest > max_length:
+            continue
+        try:
+            encoded = encode(row)
+        except UserError as error:  # the template takes the others, not this one
+            rejects.append((row, error.what))
+            continue
+        longest = max(len(side.ids) for side in (encoded if isinstance(encoded, tuple) else (encoded,)))
+        if longest > max_length:
             rejects.append((row, f"{longest} tokens, max_length is {max_length}"))
         else:
             kept.append((row, encoded))

@@ -74,7 +74,7 @@ class Engine:
         greedy = sampling.temperature == 0
         finished = False
         try:
-            self._manager.add_request(
+            accepted = self._manager.add_request(
                 list(prompt),
                 request_id=name,
                 max_new_tokens=sampling.max_tokens,
@@ -84,6 +84,8 @@ class Engine:
                 top_k=1 if greedy else self._vocabulary,
                 top_p=1.0 if greedy else float(sampling.top_p),
             )
+            if accepted is None:  # transformers drops it with a warning, and nothing would ever arrive
+                raise RuntimeError("the generation thread has ended")
             while not finished:
                 result = await arrived.get()
                 if result.error is not None:

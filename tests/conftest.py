@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from pipeline.chat import Encoded
 from pipeline.model import Base, find_base
 from pipeline.profile import load_profile
 from pipeline.records.file import RecordFile
@@ -121,13 +122,20 @@ def few_words(workspace: Workspace) -> None:
 
     nouns = ["an index", "a lock", "a queue", "a cache", "a shard", "a pod", "a commit", "a trace"]
     asked = [[turn("user", f"What is {noun}?")] for noun in nouns]
-    talks = [[*ask, turn("assistant", f"It is {noun}, {'and so on ' * i}no more.")] for i, (ask, noun) in enumerate(zip(asked, nouns, strict=True))]
+    talks = [
+        [*ask, turn("assistant", f"It is {noun}, {'and so on ' * i}no more.")]
+        for i, (ask, noun) in enumerate(zip(asked, nouns, strict=True))
+    ]
     talks += [talks[0] + talks[1], [turn("system", "Be brief."), *talks[2]]]
-    sides = [[[turn("assistant", f"{word} {noun}.{' Indeed.' * i}")] for word in ("Use", "Never use")] for i, noun in enumerate(nouns[:6])]
+    sides = [
+        [[turn("assistant", f"{word} {noun}.{' Indeed.' * i}")] for word in ("Use", "Never use")]
+        for i, noun in enumerate(nouns[:6])
+    ]
+    pairs = enumerate(zip(asked, sides, strict=False))
     rows = {
         "sft": [{"id": f"talk-{i}", "messages": talk} for i, talk in enumerate(talks)],
-        "dpo": [{"id": f"pair-{i}", "prompt": ask, "chosen": good, "rejected": bad} for i, (ask, (good, bad)) in enumerate(zip(asked, sides, strict=False))],
-    }  # fmt: skip
+        "dpo": [{"id": f"pair-{i}", "prompt": ask, "chosen": yes, "rejected": no} for i, (ask, (yes, no)) in pairs],
+    }
     for kind, values in rows.items():
         shutil.rmtree(workspace.root / "data" / kind)
         (workspace.root / "data" / kind).mkdir()
@@ -145,18 +153,18 @@ def small_talk(workspace: Workspace) -> Workspace:
 @pytest.fixture
 def trained_copy(trained: Trained, tmp_path: Path) -> Trained:
     """The finished pipeline as this test's own, to alter and to run more stages in, with rows of few words."""
-    shutil.copytree(trained.workspace.root, tmp_path / "trained", symlinks=True)
-    copy = Trained(Workspace(tmp_path / "trained"), trained.sft, trained.dpo, trained.merge)
+    copy = trained.copy_to(tmp_path / "copy")
     few_words(copy.workspace)
     return copy
 
 
 @pytest.fixture
-def command(workspace: Workspace) -> Callable[..., "subprocess.Popen[str]"]:
+def command(workspace: Workspace) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
     """`command("sft", "--profile", "small")`: the command as a person starts it, in this test's workspace."""
+    started = []
 
     def start(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "aletheia.cli", *arguments],
             cwd=CHECKOUT,
             env=os.environ | {"ALETHEIA_ROOT": str(workspace.root)} | environment,
@@ -164,20 +172,26 @@ def command(workspace: Workspace) -> Callable[..., "subprocess.Popen[str]"]:
             stderr=subprocess.PIPE,
             text=True,
         )
+        started.append(process)
+        return process
 
-    return start
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture
-def token_losses() -> Callable[[Any, list[int]], list[float]]:
-    """−log p of every token but the first, nats: one sequence, no padding, nothing of the pipeline's."""
+def answer_losses() -> Callable[[Any, Encoded], list[float]]:
+    """−log p of every trained token, nats: one sequence, no padding, no code of the pipeline's."""
     import torch
 
-    def losses(model: Any, ids: list[int]) -> list[float]:
+    def losses(model: Any, encoded: Encoded) -> list[float]:
         with torch.inference_mode():
-            logits = model.eval()(input_ids=torch.tensor([ids])).logits[0, :-1].double()
-        picked = torch.log_softmax(logits, -1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
-        return [-value for value in picked.tolist()]
+            logits = model.eval()(input_ids=torch.tensor([encoded.ids])).logits[0].double()
+        places = [place for place, trained in enumerate(encoded.mask) if trained]
+        scores = torch.log_softmax(logits, -1)
+        return [-scores[place - 1, encoded.ids[place]].item() for place in places]
 
     return losses
 

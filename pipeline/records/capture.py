@@ -22,7 +22,7 @@ from pipeline.workspace import CHECKOUT, LOCK_FILE
 LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "lm-eval")
 WATTS_PER_BUSY_CORE = 10.0  # an assumption, named in every record that uses it
 _SECRETS = re.compile(
-    r"(?P<keep>(?i:(?:api|access|secret|private)[_-]?key|token|secret|password|passwd|passphrase|authorization)"
+    r"(?P<keep>(?i:(?:api|access|secret|private)[_-]?key|(?:api|access|auth|hf|hub|bearer)[_-]?token|\btoken|secret|password|passwd|passphrase|authorization)"
     r"[\"']?\s*[=:]\s*(?i:(?:bearer|basic)\s+)?[\"']?)(?P<a>[^\s\"',&]{6,})"
     r"|(?P<b>\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|AKIA[A-Z0-9]{12,}|xox[abp]-[A-Za-z0-9-]{10,})"
     r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@))"

@@ -132,21 +132,25 @@ def open_record(
         try:
             meter = capture.Meter(cost)
             record.facts.failure = None
-            record.facts.code = capture.code(record.folder)
+            code = capture.code(record.folder)
+            record.facts.code = code | {"before_resume": earlier.code} if earlier else code
             record.change_status("running", "resumed" if earlier else None)
             say(f"{stage}  {workspace.shown(file.path)}")
             try:
                 yield record
             finally:
                 record.facts.environment = capture.environment()
-                record.facts.resources = _add_up(earlier.resources if earlier else {}, meter.read())
+                record.facts.resources = _add_up(earlier.resources if earlier else None, meter.read())
             record.change_status("complete")
         except (Interrupted, KeyboardInterrupt) as error:
             record.change_status("cancelled", str(error) or "interrupted")
             raise error if isinstance(error, Interrupted) else Interrupted("interrupted") from None
         except BaseException as error:
-            record.facts.failure = _failure(error, record.folder)
-            record.change_status("failed")
+            try:
+                record.facts.failure = _failure(error, record.folder)
+                record.change_status("failed")
+            except OSError as second:  # a full disk: what went wrong first is still what is told
+                say(f"note: {file.path} could not be closed ({second.strerror}) and will read as dead")
             raise
 
 
@@ -193,9 +197,12 @@ def _failure(error: BaseException, folder: Path) -> Failure:
     return failure
 
 
-def _add_up(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+def _add_up(earlier: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]:
     """The resources of a resumed run are those of all its parts; the peak is the highest."""
     total = dict(now)
+    if earlier is not None and not earlier:
+        total["note"] = "without the part of the run that was killed, which could not be measured"
+    earlier = earlier or {}
     for key in ("wall_seconds", "cpu_seconds", "gpu_hours"):
         total[key] = round(earlier.get(key, 0) + now.get(key, 0), 4)
     for key in ("peak_memory_gb", "gpu_peak_memory_gb"):

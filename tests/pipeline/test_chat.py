@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 
 from aletheia.data_commands import show
 from pipeline.chat import CONTRACT_FILE, Chat, Contract, Encoded
@@ -105,6 +106,10 @@ def family(base: Base) -> Callable[..., Any]:
         added = [AddedToken(t, special=True, normalized=False) for t in (bos, end, *others) if t]
         tokenizer.add_tokens(added, special_tokens=True)
         tokenizer.bos_token, tokenizer.eos_token = bos, end
+        if bos:  # as theirs do: a plain call puts a BOS in front of any text
+            bos_first = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
+            tokenizer.backend_tokenizer.post_processor = bos_first
+            assert tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
         tokenizer.chat_template = own if template is None else template
         return tokenizer
 

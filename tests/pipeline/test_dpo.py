@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline import data, private
+from pipeline.chat import Encoded
 from pipeline.data import PreferencePair
 from pipeline.dpo import Dpo
 from pipeline.errors import Interrupted, StageFailed, UserError
@@ -24,7 +25,7 @@ from pipeline.records.lifecycle import Record
 from pipeline.stage import Job, run_stage
 from pipeline.workspace import Workspace
 
-Losses = Callable[[Any, list[int]], list[float]]
+Losses = Callable[[Any, Encoded], list[float]]
 SHORT = ("dpo_config.epochs=1.0", "dpo_config.warmup_ratio=0.0", "dpo_config.schedule=constant_with_warmup")
 
 
@@ -54,7 +55,7 @@ def test_dpo_starts_at_ln_2_with_the_sft_policy_as_its_reference(trained: Any) -
 
 
 def test_recorded_margins_are_those_of_the_sft_and_the_dpo_adapter(
-    trained: Any, base: Base, token_losses: Losses
+    trained: Any, base: Base, answer_losses: Losses
 ) -> None:
     """Before DPO the policy gives the SFT adapter's figures, and what plain peft loads afterwards gives the others."""
     pairs = data.read_rows(trained.workspace, "data/dpo", PreferencePair)
@@ -67,10 +68,7 @@ def test_recorded_margins_are_those_of_the_sft_and_the_dpo_adapter(
     for when, stage in (("before", "sft"), ("after", "dpo")):
         model = plain(base, trained.output(stage))
         for pair, row in zip(held_out, told, strict=True):
-            chosen, rejected = (
-                -sum(l for l, on in zip(token_losses(model, side.ids), side.mask[1:], strict=True) if on)
-                for side in encode_pair(chat, pair)
-            )
+            chosen, rejected = (-sum(answer_losses(model, side)) for side in encode_pair(chat, pair))
             assert row[when] == pytest.approx(chosen - rejected, abs=2e-2)  # of sums of hundreds of nats
 
 
@@ -84,7 +82,8 @@ def test_the_result_is_one_adapter_that_continues_the_sft_adapter(trained: Any) 
     def size(values: dict[str, torch.Tensor]) -> float:
         return torch.cat([value.flatten() for value in values.values()]).norm().item()
 
-    assert size({name: dpo[name] - sft[name] for name in sft}) < 0.2 * size(sft)  # a new one would be as far as it is large
+    step = size({name: dpo[name] - sft[name] for name in sft})
+    assert step < 0.2 * size(sft)  # a new adapter would be as far away as it is large
 
 
 def zeroed(model: Any) -> None:
@@ -100,7 +99,7 @@ def the_base_on_both_sides(model: Any) -> None:
 
 
 def perturbed(model: Any) -> None:
-    name, parameter = next((n, p) for n, p in model.named_parameters() if ".ref." in n and "lora_B" in n)
+    parameter = next(p for n, p in model.named_parameters() if ".ref." in n and "lora_B" in n)
     parameter.data[3, 2] += 1e-6
 
 
@@ -111,7 +110,7 @@ def moved_policy(model: Any) -> None:
 
 
 def broken_policy(model: Any) -> None:
-    name, parameter = next((n, p) for n, p in model.named_parameters() if ".default." in n and "lora_B" in n)
+    parameter = next(p for n, p in model.named_parameters() if ".default." in n and "lora_B" in n)
     parameter.data[0, 0] = float("nan")
 
 
@@ -157,7 +156,9 @@ def newest_id(workspace: Workspace) -> str:
     return next(records(workspace))[0].id
 
 
-def test_an_sft_adapter_that_changes_nothing_is_no_reference(trained_copy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_sft_adapter_that_changes_nothing_is_no_reference(
+    trained_copy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The third guard alone: tensors agree and the loss is ln 2, but the log-probs are the base's."""
     honest = private.reference_log_probs
     monkeypatch.setattr(private, "reference_log_probs", lambda *given: (honest(*given)[1],) * 2)
@@ -182,7 +183,7 @@ def test_dpo_without_an_sft_record_says_what_to_run(small_talk: Workspace, job: 
 
 
 def test_log_probs_of_the_first_step_are_those_of_the_completions(
-    small_talk: Workspace, job: Callable[..., Job], base: Base, token_losses: Losses
+    small_talk: Workspace, job: Callable[..., Job], base: Base, answer_losses: Losses
 ) -> None:
     """The mask promise on the real trainer: trl's own figure for a batch of every pair, worked out from the base."""
     from transformers import AutoModelForCausalLM
@@ -194,7 +195,7 @@ def test_log_probs_of_the_first_step_are_those_of_the_completions(
         for side, encoded, answer in zip(sums, encode_pair(chat, pair), (pair.chosen, pair.rejected), strict=True):
             trained_ids = [t for t, on in zip(encoded.ids, encoded.mask, strict=True) if on]
             assert chat.tokenizer.decode(trained_ids) == f"{answer[0].content}\n<|EOT|>"
-            side.append(-sum(l for l, on in zip(token_losses(model, encoded.ids), encoded.mask[1:], strict=True) if on))
+            side.append(-sum(answer_losses(model, encoded)))
     entry = logged(record)[0]
     assert entry["logps/chosen"] == pytest.approx(sum(sums[0]) / 6, abs=1e-2)
     assert entry["logps/rejected"] == pytest.approx(sum(sums[1]) / 6, abs=1e-2)
@@ -263,7 +264,7 @@ def test_a_changed_sft_adapter_is_refused(trained_copy: Any) -> None:
     content = bytearray(adapter.read_bytes())
     content[-1] ^= 1
     adapter.write_bytes(content)
-    with pytest.raises(UserError, match="adapter_model.safetensors was changed since"):
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors was changed since"):
         run_stage(Dpo, trained_copy.job())
 
 

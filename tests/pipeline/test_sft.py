@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -10,15 +11,17 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline import data
+from pipeline.chat import Encoded
 from pipeline.data import Conversation
 from pipeline.errors import StageFailed, UserError
 from pipeline.model import Base
+from pipeline.records.find import records
 from pipeline.records.lifecycle import Record
 from pipeline.sft import Sft
 from pipeline.stage import Job, run_stage
 from pipeline.workspace import Workspace
 
-Losses = Callable[[Any, list[int]], list[float]]
+Losses = Callable[[Any, Encoded], list[float]]
 ONE_STEP = ("sft_config.batch_size=10", "sft_config.epochs=1.0", "sft_config.warmup_ratio=0.0")
 
 
@@ -46,7 +49,9 @@ def test_held_out_loss_falls_with_an_interval_that_excludes_0(trained: Any) -> N
     assert loss["after"]["value"] < loss["before"]["value"]
 
 
-def test_recorded_held_out_losses_are_those_of_base_and_adapter(trained: Any, base: Base, token_losses: Losses) -> None:
+def test_recorded_held_out_losses_are_those_of_base_and_adapter(
+    trained: Any, base: Base, answer_losses: Losses
+) -> None:
     rows = data.read_rows(trained.workspace, "data/sft", Conversation)
     _, held_out = data.split(rows, trained.job().config.training_data.validation)
     recorded = [
@@ -56,9 +61,7 @@ def test_recorded_held_out_losses_are_those_of_base_and_adapter(trained: Any, ba
     chat = base.chat()
     for when, model in (("before", plain(base)), ("after", plain(base, trained.output("sft")))):
         for row, told in zip(held_out, recorded, strict=True):
-            encoded = chat.conversation(row.messages)
-            answer = [l for l, on in zip(token_losses(model, encoded.ids), encoded.mask[1:], strict=True) if on]
-            assert told[when] == pytest.approx(sum(answer) / len(answer), abs=1e-4)
+            assert told[when] == pytest.approx(mean(answer_losses(model, chat.conversation(row.messages))), abs=1e-4)
 
 
 def test_the_steps_planned_are_the_steps_taken(trained: Any) -> None:
@@ -67,7 +70,7 @@ def test_the_steps_planned_are_the_steps_taken(trained: Any) -> None:
 
 
 def test_loss_of_the_first_step_is_the_mean_over_supervised_tokens(
-    small_talk: Workspace, job: Callable[..., Job], base: Base, token_losses: Losses
+    small_talk: Workspace, job: Callable[..., Job], base: Base, answer_losses: Losses
 ) -> None:
     """Nothing has moved at step 1 and the batch is every row, so the loss can be worked out from the base alone."""
     record = run_stage(Sft, job(*ONE_STEP))
@@ -77,14 +80,12 @@ def test_loss_of_the_first_step_is_the_mean_over_supervised_tokens(
         trained_text = chat.tokenizer.decode([t for t, on in zip(encoded.ids, encoded.mask, strict=True) if on])
         answers = [m.content for m in row.messages if m.role == "assistant"]
         assert trained_text == "".join(f"{answer}\n<|EOT|>" for answer in answers)
-        supervised += [l for l, on in zip(token_losses(model, encoded.ids), encoded.mask[1:], strict=True) if on]
-    assert logged(record)[0]["loss"] == pytest.approx(sum(supervised) / len(supervised), abs=2e-5)
+        supervised += answer_losses(model, encoded)
+    assert logged(record)[0]["loss"] == pytest.approx(mean(supervised), abs=2e-5)
     assert record.facts.results["training"]["trained_tokens_an_epoch"] == len(supervised)
 
 
-def test_how_a_step_is_executed_does_not_change_what_it_learns(
-    small_talk: Workspace, job: Callable[..., Job]
-) -> None:
+def test_how_a_step_is_executed_does_not_change_what_it_learns(small_talk: Workspace, job: Callable[..., Job]) -> None:
     """10 rows, 4 a step, the last step short: rows of unlike length, so a mean of means would show."""
     common = ("sft_config.epochs=1.0", "sft_config.warmup_ratio=0.0", "sft_config.schedule=constant_with_warmup")
     ways = {
@@ -127,7 +128,10 @@ def test_rows_that_cannot_be_used_are_named_with_file_line_and_reason(
     limits = ("sft_config.max_length=256", "training_data.max_reject_share=0.5", "sft_config.batch_size=11")
     record = run_stage(Sft, job(*ONE_STEP[1:], *limits))
     rejects = [json.loads(line) for line in (record.folder / "rejects.jsonl").read_text("utf-8").splitlines()]
-    assert [(r["where"], r["id"]) for r in rejects] == [("data/sft/bad.jsonl:1", "long"), ("data/sft/bad.jsonl:3", "forged")]
+    assert [(r["where"], r["id"]) for r in rejects] == [
+        ("data/sft/bad.jsonl:1", "long"),
+        ("data/sft/bad.jsonl:3", "forged"),
+    ]
     assert "max_length is 256" in rejects[0]["reason"]
     assert "<|EOT|>" in rejects[1]["reason"]
     assert record.facts.data["rejected"] == 2
@@ -141,11 +145,13 @@ def test_too_many_rows_that_cannot_be_used_stop_the_stage(small_talk: Workspace,
     assert not list(small_talk.checkpoints.glob("*/adapter"))
 
 
-def test_max_length_beyond_the_context_is_refused_with_its_line(
-    small_talk: Workspace, job: Callable[..., Job]
-) -> None:
+def test_max_length_beyond_the_context_is_refused_with_its_line(small_talk: Workspace, job: Callable[..., Job]) -> None:
     profile = small_talk.configs / "small.yaml"
-    profile.write_text(profile.read_text().replace("2e-3, batch_size: 2", "2e-3, max_length: 4096, batch_size: 2").replace("2.0, max_length: 2048", "2.0"))
+    profile.write_text(
+        profile.read_text()
+        .replace("2e-3, batch_size: 2", "2e-3, max_length: 4096, batch_size: 2")
+        .replace("2.0, max_length: 2048", "2.0")
+    )
     with pytest.raises(UserError, match=r"^configs/small\.yaml:6: sft_config\.max_length: 4096 .* 2048; try 2048$"):
         Sft.prepare(job())
 
@@ -163,9 +169,7 @@ def test_a_loss_that_is_no_number_fails_the_run_with_its_step(
         fault = f"base_model={tmp_path / 'broken'}"
     with pytest.raises(StageFailed, match=r"(loss|grad_norm) is (nan|inf) at step \d"):
         run_stage(Sft, job("sft_config.batch_size=2", "sft_config.warmup_ratio=0.0", fault))
-    from pipeline.records import find
-
-    (_, facts), = find.records(small_talk)
+    ((_, facts),) = records(small_talk)
     assert facts.status == "failed"
     assert facts.failure is not None
     assert facts.failure.step == (1 if planted == "weight" else 2)

@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from pipeline.workspace import CHECKOUT, Workspace
 
 @dataclass
 class Server:
-    """`aletheia serve`, ready. `stop` ends it as a person would."""
+    """`aletheia serve`, ready."""
 
     process: "subprocess.Popen[str]"
     workspace: Workspace
@@ -39,9 +38,8 @@ class Server:
     def async_client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=self.address, api_key="none", max_retries=0, timeout=60)
 
-    def stop(self) -> tuple[int, str, Facts]:
-        """Exit code, stdout and the record."""
-        self.process.send_signal(signal.SIGTERM)
+    def ended(self) -> tuple[int, str, Facts]:
+        """Waits for its end: exit code, stdout and the record."""
         out, _ = self.process.communicate(timeout=60)
         facts = RecordFile(self.workspace.root / out.strip()).facts()
         assert facts is not None

@@ -104,11 +104,33 @@ def test_an_answer_grows_and_only_its_last_part_is_finished(engine: Engine, tune
     assert len(answers[-1].tokens) == 6
 
 
-def test_an_engine_that_stopped_says_so(model: Any, tuned_chat: Chat) -> None:
+async def outcome(engine: Engine) -> list[int] | str:
+    """The tokens of one answer, or what went wrong; never waits for ever."""
+    try:
+        return await asyncio.wait_for(first_tokens(engine, [1, 2, 3], Sampling(4, 0.0), 1), timeout=60)
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_a_stopped_engine_refuses_instead_of_keeping_one_waiting(model: Any, tuned_chat: Chat) -> None:
     engine = Engine(model, tuned_chat, MERGED_CONTEXT, max_concurrent=1)
     engine.start()
     assert engine.alive
     engine.stop()
     assert not engine.alive
-    with pytest.raises(RuntimeError):
-        asyncio.run(first_tokens(engine, [1, 2, 3], Sampling(1), 1))
+    assert asyncio.run(outcome(engine)) == "the generation thread has ended"
+
+
+def test_a_model_that_breaks_fails_every_request_and_shows(engine: Engine, model: Any) -> None:
+    def breaks(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    async def scene() -> list[Any]:
+        hook = model.register_forward_pre_hook(breaks)
+        try:
+            return [await outcome(engine), await outcome(engine)]
+        finally:
+            hook.remove()
+
+    assert asyncio.run(scene()) == ["out of memory", "the generation thread has ended"]
+    assert not engine.alive

@@ -26,7 +26,7 @@ def place(tmp_path: Path) -> Workspace:
 def opened(place: Workspace) -> Callable[..., AbstractContextManager[Record]]:
     """`with opened(description="…") as record:`; what is named goes into the person's half."""
 
-    def make(resume: RecordFile | None = None, cost: Cost | None = None, **person: Any) -> Any:
+    def make(resume: RecordFile | None = None, **person: Any) -> Any:
         return open_record(
             place,
             stage="sft",
@@ -34,7 +34,7 @@ def opened(place: Workspace) -> Callable[..., AbstractContextManager[Record]]:
             person={"profile": "small", "stages": ["sft"]} | person,
             overrides={},
             configuration={},
-            cost=cost or Cost(),
+            cost=Cost(),
             resume=resume,
         )
 

@@ -1,0 +1,230 @@
+"""Eval as a stage: what it compares, on which rows, and how sure it is."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from eval.evaluate import Evaluate
+from pipeline import data, heldout
+from pipeline.chat import Chat
+from pipeline.errors import UserError
+from pipeline.records.find import artifacts
+from pipeline.records.lifecycle import Record
+from pipeline.stage import run_stage
+
+if TYPE_CHECKING:
+    from tests.conftest import Trained
+
+LIMIT, QUESTIONS = 3, 4
+T_4 = 2.776445  # Student's t, 97.5 %, 4 degrees of freedom
+T_3 = 3.182446  # and 3
+
+
+@pytest.fixture(scope="module")
+def own(trained: "Trained", tmp_path_factory: pytest.TempPathFactory) -> "Trained":
+    """A finished pipeline with few open questions."""
+    copied = trained.copy_to(tmp_path_factory.mktemp("eval") / "root")
+    folder = copied.workspace.path("data/eval/questions")
+    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
+    for path in folder.glob("*.jsonl"):
+        path.unlink()
+    (folder / "few.jsonl").write_text("\n".join(lines[:QUESTIONS]), "utf-8")
+    return copied
+
+
+@pytest.fixture(scope="module")
+def record(own: "Trained") -> Record:
+    """One whole evaluation."""
+    return run_stage(Evaluate, own.job(f"eval_config.limit={LIMIT}"))
+
+
+@pytest.fixture(scope="module")
+def models(trained: "Trained") -> tuple[Any, Any]:
+    """The base and the merged model, as plain transformers reads them."""
+    from transformers import AutoModelForCausalLM
+
+    from pipeline.model import find_base
+
+    folders = (find_base(trained.workspace, trained.job().profile).folder, trained.output("merge"))
+    base, tuned = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in folders)
+    return base, tuned
+
+
+@pytest.fixture(scope="module")
+def chat(trained: "Trained") -> Chat:
+    from transformers import AutoTokenizer
+
+    return Chat(AutoTokenizer.from_pretrained(trained.output("merge")), "merged")
+
+
+def held_out(own: "Trained", path: str, kind: type[data.Row]) -> list[Any]:
+    rows = data.read_rows(own.workspace, path, kind)
+    return data.split(rows, own.job().config.training_data.validation)[1]
+
+
+def interval(values: Sequence[float], t: float = T_4) -> list[float]:
+    """Mean and Student's t interval, from the textbook."""
+    mean = sum(values) / len(values)
+    half = t * math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+    return [mean, mean - half, mean + half]
+
+
+def ends(figure: dict[str, Any]) -> list[float]:
+    return [figure["value"], figure["ci_low"], figure["ci_high"]]
+
+
+def test_the_record_is_complete_and_says_what_was_compared(own: "Trained", record: Record) -> None:
+    facts = record.facts
+    assert (facts.status, facts.stage) == ("complete", "eval")
+    assert (facts.results["model"], facts.results["against"]) == ("small-merged", "tiny")
+    assert [taken.id for taken in facts.lineage.inputs] == [own.merge]
+    assert facts.lineage.base is not None and len(facts.lineage.base["sha256"]) == 64
+    assert facts.data["conversations"]["rows"] == facts.data["pairs"]["rows"] == 5
+    assert facts.data["questions"]["rows"] == QUESTIONS
+
+
+def test_loss_is_paired_row_by_row_on_what_training_held_out(
+    own: "Trained", record: Record, models: Any, chat: Chat, token_losses: Callable[..., list[float]]
+) -> None:
+    rows = []
+    for row in held_out(own, "data/sft", data.Conversation):
+        encoded = chat.conversation(row.messages)
+        trained = [at for at, counts in enumerate(encoded.mask[1:]) if counts]
+        losses = [token_losses(model, encoded.ids) for model in models]
+        rows.append([sum(loss[at] for at in trained) / len(trained) for loss in losses])
+    before, after = zip(*rows, strict=True)
+    measured = record.facts.results["eval_loss"]
+    assert ends(measured["before"]) == pytest.approx(interval(before), abs=1e-3)
+    assert ends(measured["after"]) == pytest.approx(interval(after), abs=1e-3)
+    assert ends(measured["delta"]) == pytest.approx(
+        interval([a - b for b, a in zip(before, after, strict=True)]), abs=1e-3
+    )
+    apart = [b - a for a, b in (ends(measured[end])[1:] for end in ("before", "after"))]
+    assert ends(measured["delta"])[2] - ends(measured["delta"])[1] < min(apart)  # what pairing is for
+    assert measured["delta"]["n"] == 5
+    assert record.facts.results["perplexity"]["after"] == pytest.approx(math.exp(measured["after"]["value"]), abs=0.01)
+
+
+def test_preference_is_the_change_against_the_base_pair_by_pair(
+    own: "Trained", record: Record, models: Any, chat: Chat, token_losses: Callable[..., list[float]]
+) -> None:
+    changes = []
+    for pair in held_out(own, "data/dpo", data.PreferencePair):
+        margins = []
+        for model in models:
+            chosen, rejected = (
+                -sum(loss for loss, counts in zip(token_losses(model, side.ids), side.mask[1:], strict=True) if counts)
+                for side in heldout.encode_pair(chat, pair)
+            )
+            margins.append(chosen - rejected)
+        changes.append(margins[1] - margins[0])
+    results = record.facts.results
+    assert ends(results["margin"]["delta"]) == pytest.approx(interval(changes), abs=1e-2)
+    accuracy = results["preference_accuracy"]
+    assert accuracy["value"] == sum(change > 0 for change in changes) / 5
+    assert 0 <= accuracy["ci_low"] < accuracy["value"] < accuracy["ci_high"] <= 1
+    assert (accuracy["n"], accuracy["chance"]) == (5, 0.5)
+
+
+def test_every_figure_has_its_interval_and_its_n(record: Record) -> None:
+    def figures(value: Any) -> list[dict[str, Any]]:
+        if not isinstance(value, dict):
+            return []
+        own = [value] if "value" in value else []
+        return own + [figure for inner in value.values() for figure in figures(inner)]
+
+    found = figures(record.facts.results)
+    assert len(found) >= 20
+    for figure in found:
+        assert figure["n"] in (LIMIT, QUESTIONS, 5)
+        assert figure["ci_low"] <= figure["value"] <= figure["ci_high"]
+
+
+def test_benchmarks_are_paired_too(record: Record) -> None:
+    task = record.facts.results["benchmarks"]["aletheia_choices"]
+    assert (task["metric"], task["version"]) == ("acc", "1.0")
+    assert task["before"]["n"] == task["after"]["n"] == task["delta"]["n"] == LIMIT
+    assert 0 <= task["mcnemar_p"] <= 1
+
+
+def test_answers_are_kept_question_by_question(own: "Trained", record: Record) -> None:
+    rows = [json.loads(line) for line in (record.folder / "answers.jsonl").read_text("utf-8").splitlines()]
+    questions = data.read_rows(own.workspace, "data/eval/questions", data.Question)
+    assert [(row["id"], row["prompt"]) for row in rows] == [(q.id, q.prompt) for q in questions]
+    rate = record.facts.results["win_rate"]
+    assert rate["value"] == pytest.approx(sum(row["score"] for row in rows) / QUESTIONS)
+    assert rate["wins"] + rate["ties"] + rate["losses"] == QUESTIONS
+    assert rate["weakness"]
+
+
+def test_parts_can_be_asked_for_alone(own: "Trained") -> None:
+    items = Evaluate.prepare(own.job(parts=("winrate",))).items
+    assert (len(items.questions), items.conversations, items.pairs, items.tasks) == (QUESTIONS, (), (), ())
+    plan = dict(Evaluate.prepare(own.job(parts=("heldout",))).plan())
+    assert (plan["held out"], plan["benchmarks"]) == ("5 conversations, 5 pairs", "none")
+
+
+# ── another lineage ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_sft_alone_is_evaluated_on_its_own_rows_and_on_no_pairs(copied: "Trained") -> None:
+    for gone in (copied.merge, copied.dpo):
+        (copied.workspace.experiments / f"{gone}.yaml").unlink()
+    results = run_stage(Evaluate, copied.job(parts=("heldout",))).facts.results
+    assert results["model"] == "small-sft"
+    assert results["eval_loss"]["delta"]["n"] == 5
+    assert not {"preference_accuracy", "margin"} & set(results)
+    sft = copied.record("sft").facts()
+    assert sft is not None
+    assert ends(results["eval_loss"]["after"]) == pytest.approx(ends(sft.results["eval_loss"]["after"]), abs=1e-3)
+
+
+# ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def rewrite(path: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    change(rows)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
+def file_of(copied: "Trained", kind: str, row: Any) -> Path:
+    """The file that the row stands in."""
+    path: Path = copied.workspace.root / row.where.rpartition(":")[0]
+    assert path.parent.name == kind
+    return path
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("how", ["edited", "removed", "moved to training"])
+def test_held_out_rows_that_changed_since_training_are_refused(copied: "Trained", kind: str, how: str) -> None:
+    row = held_out(copied, f"data/{kind}", data.Conversation if kind == "sft" else data.PreferencePair)[0]
+
+    def change(rows: list[dict[str, Any]]) -> None:
+        at = next(i for i, r in enumerate(rows) if r["id"] == row.id)
+        if how == "removed":
+            del rows[at]
+        else:
+            turn = rows[at]["messages" if kind == "sft" else "chosen"][-1]
+            turn["content"] += "." if how == "edited" else " " * 40
+
+    if how == "moved to training":
+        job = copied.job("training_data.validation.seed=2")
+    else:
+        rewrite(file_of(copied, kind, row), change)
+        job = copied.job()
+    with pytest.raises(UserError, match=f"the rows that {copied.sft if kind == 'sft' else copied.dpo} held out are"):
+        Evaluate._prepare_only(job, kind)
+
+
+def test_a_training_row_that_changed_is_no_obstacle(copied: "Trained") -> None:
+    rows = data.read_rows(copied.workspace, "data/sft", data.Conversation)
+    train, kept = data.split(rows, copied.job().config.training_data.validation)
+    row = next(r for r in train)
+    rewrite(file_of(copied, "sft", row), lambda rows: rows[0].update(note="seen"))
+    assert [r.id for r in held_out(copied, "data/sft", data.Conversation)] == [r.id for r in kept]
+    assert len(Evaluate.prepare(copied.job(parts=("heldout",))).items.conversations) == 5

@@ -1,0 +1,55 @@
+"""One model's figures, item by item."""
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from eval.measure import Items, measure
+from pipeline import data
+from pipeline.chat import Chat
+
+if TYPE_CHECKING:
+    from tests.conftest import Trained
+
+
+@pytest.fixture(scope="module")
+def model(trained: "Trained") -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(trained.output("merge")).eval()
+
+
+@pytest.fixture(scope="module")
+def chat(trained: "Trained") -> Chat:
+    from transformers import AutoTokenizer
+
+    return Chat(AutoTokenizer.from_pretrained(trained.output("merge")), "merged")
+
+
+@pytest.fixture(scope="module")
+def items(trained: "Trained") -> Items:
+    workspace = trained.workspace
+    return Items(
+        data.read_rows(workspace, "data/sft", data.Conversation)[:3],
+        data.read_rows(workspace, "data/dpo", data.PreferencePair)[:3],
+        data.read_rows(workspace, "data/eval/questions", data.Question)[:3],
+    )
+
+
+def test_figures_stand_in_the_order_of_the_items(trained: "Trained", model: Any, chat: Chat, items: Items) -> None:
+    config = trained.job("eval_config.batch_size=2", "eval_config.max_tokens=8").config.eval_config
+    forward = measure(model, chat, items, config, "test")
+    backward = measure(
+        model, chat, Items(items.conversations[::-1], items.pairs[::-1], items.questions[::-1]), config, "test"
+    )
+    assert backward.losses[::-1] == pytest.approx(forward.losses, abs=1e-4)
+    assert backward.margins[::-1] == pytest.approx(forward.margins, abs=1e-3)
+    assert backward.answers[::-1] == forward.answers
+    assert len(set(forward.losses)) == len(set(forward.margins)) == 3
+    assert all(len(answer.tokens) <= 8 for answer in forward.answers)
+
+
+def test_what_is_not_asked_is_not_measured(trained: "Trained", model: Any, chat: Chat, items: Items) -> None:
+    result = measure(model, chat, Items(conversations=items.conversations), trained.job().config.eval_config, "test")
+    assert len(result.losses) == 3
+    assert (result.margins, result.answers, result.scores) == ([], [], {})
