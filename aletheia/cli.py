@@ -19,9 +19,16 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 exp_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(data_app, name="data", help="Training data: check it, see what is trained, snapshot it.")
-app.add_typer(config_app, name="config", help="Profiles: what is in effect, and why.")
-app.add_typer(exp_app, name="exp", help="Experiment records.")
+EXAMPLE = "\n\n\b\nExample:  aletheia "
+app.add_typer(
+    data_app,
+    name="data",
+    help=f"Training data: check it, see what is trained, snapshot it.{EXAMPLE}data check data/sft data/dpo",
+)
+app.add_typer(
+    config_app, name="config", help=f"Profiles: what is in effect, and why.{EXAMPLE}config explain --profile tiny"
+)
+app.add_typer(exp_app, name="exp", help=f"Experiment records.{EXAMPLE}exp list")
 
 ProfileOption = Annotated[str, typer.Option("--profile", help="Name in configs/, or a file.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the profile's value; repeatable.")]
@@ -230,7 +237,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="aletheia", standalone_mode=False)
     except AletheiaError as error:
         code = _report(str(error), error.exit_code, debug)
     except Exit as error:
@@ -243,7 +250,8 @@ def main() -> None:
         code = _report(f"{error.filename or 'the system'}: {error.strerror or error}", 1, debug)
     except Exception as error:
         code = _report(f"unexpected {type(error).__name__}: {error}; --debug shows where", 1, debug)
-    sys.stdout.flush()
+    if sys.stdout is not None:  # closed by whoever started us
+        sys.stdout.flush()
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -260,7 +268,7 @@ def _usage(error: TyperException, debug: bool) -> int:
 def _report(line: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"error: {line}", file=sys.stderr)
+    print(f"error: {' '.join(line.splitlines())}", file=sys.stderr)
     return code
 
 

@@ -24,8 +24,11 @@ def check(paths: list[str], as_json: bool) -> None:
     workspace = Workspace.find()
     found = []
     for name in paths:
-        for path in _files(workspace, name):
-            rows = data.read_rows(workspace, str(path), _kind(path, workspace))
+        kinds = {path: _kind(path, workspace) for path in data.files(workspace, name)}
+        if len(set(kinds.values())) == 1:  # as training reads them: no id may stand twice in all the files
+            data.read_rows(workspace, name, next(iter(kinds.values())))
+        for path, kind in kinds.items():
+            rows = data.read_rows(workspace, str(path), kind)
             found.append({"path": workspace.shown(path), "kind": type(rows[0]).__name__} | data.describe(rows))
     if as_json:
         print_json(found)
@@ -39,8 +42,7 @@ def show(path: str, job: Job, wanted: str | None) -> None:
     from pipeline.heldout import encode_pair
     from pipeline.model import find_base
 
-    files = _files(job.workspace, path)
-    kind = _kind(files[0], job.workspace)
+    kind = _kind(data.files(job.workspace, path)[0], job.workspace)
     rows = data.read_rows(job.workspace, path, kind)
     row = next((r for r in rows if wanted in (None, r.id)), None)
     if row is None:
@@ -70,11 +72,6 @@ def _marked(chat: Any, encoded: Any) -> str:
     return "".join(f"⟦{text}⟧" if trained else text for trained, text in texts)
 
 
-def _files(workspace: Workspace, name: str) -> list[Path]:
-    path = workspace.path(name)
-    return sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
-
-
 def _kind(path: Path, workspace: Workspace) -> type[data.Row]:
     """By the fields of the first row that can be read."""
     seen: Counter[str] = Counter()
@@ -83,7 +80,7 @@ def _kind(path: Path, workspace: Workspace) -> type[data.Row]:
             for line in lines:
                 try:
                     values = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
                 if isinstance(values, dict):
                     for field, kind in KINDS.items():

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from aletheia.output import print_json, print_table
@@ -53,9 +54,10 @@ def _follows(job: Job) -> Iterator[tuple[str, str]]:
 def _time(job: Job, stage: str, steps: int) -> str:
     """From the newest complete run of this profile on this stage: nothing is promised that was not measured."""
     for file, facts in records(job.workspace):
-        training = facts.results.get("training", {})
-        if facts.profile == job.profile.id and facts.stage == stage and facts.status == "complete" and training:
-            return f"about {duration(training['seconds'] / training['steps'] * steps)}, at the pace of {file.id}"
+        if facts.profile == job.profile.id and facts.stage == stage and facts.status == "complete":
+            with suppress(KeyError, TypeError, ValueError, ArithmeticError):  # an older record, or an edited one
+                training = facts.results["training"]
+                return f"about {duration(training['seconds'] / training['steps'] * steps)}, at the pace of {file.id}"
     return "unknown until a first run has been measured"
 
 

@@ -1,5 +1,6 @@
 """What records show at a glance: the list of all, and the table at the end of a pipeline."""
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -43,7 +44,7 @@ def list_records(workspace: Workspace, as_json: bool) -> None:
                 "stage": facts.stage,
                 "profile": facts.profile,
                 "status": liveness(facts),
-                "seconds": facts.resources.get("wall_seconds"),
+                "seconds": _seconds(facts),
                 "figures": figures(facts),
             }
         )
@@ -60,7 +61,7 @@ def list_records(workspace: Workspace, as_json: bool) -> None:
 def summary_table(records: Sequence[tuple[str, Facts]]) -> None:
     """One row a record, on stderr: figures with their intervals, each on its own line."""
     header = ("record", "stage", "status", "time", "figures")
-    table = [(i, f.stage, liveness(f), _time(f.resources.get("wall_seconds")), figures(f)) for i, f in records]
+    table = [(i, f.stage, liveness(f), _time(_seconds(f)), figures(f)) for i, f in records]
     print_table(header, table, sys.stderr)
 
 
@@ -116,6 +117,12 @@ def _figure(figure: dict[str, Any], form: str = ".2f") -> str:
     if "ci_low" not in figure:
         return f"{figure['value']:{form}} (n = {figure['n']})"
     return f"{figure['value']:{form}} [{figure['ci_low']:{form}}, {figure['ci_high']:{form}}] n={figure['n']}"
+
+
+def _seconds(facts: Facts) -> float | None:
+    """Of a record that may be edited: None for anything but a number."""
+    seconds = facts.resources.get("wall_seconds")
+    return seconds if isinstance(seconds, int | float) and math.isfinite(seconds) else None
 
 
 def _time(seconds: float | None) -> str:

@@ -102,7 +102,7 @@ SHAPES = {
 
 def read_rows(workspace: Workspace, name: str, kind: type[AnyRow]) -> list[AnyRow]:
     """All rows of a JSONL file or of a folder of them. Raises `UserError` with file and line."""
-    rows = [row for path in _files(workspace, name) for row in _read_file(workspace, path, kind)]
+    rows = [row for path in files(workspace, name) for row in _read_file(workspace, path, kind)]
     if not rows:
         raise UserError("holds no rows", where=name, remedy=f"rows like {_shape(kind)}, one a line")
     seen: dict[str, str] = {}
@@ -111,6 +111,22 @@ def read_rows(workspace: Workspace, name: str, kind: type[AnyRow]) -> list[AnyRo
             raise UserError(f"the id `{row.id}` stands at {seen[row.id]} too", where=row.where)
         seen[row.id] = row.where
     return rows
+
+
+def files(workspace: Workspace, name: str) -> list[Path]:
+    """The JSONL files that a name stands for. Raises `UserError` when there are none."""
+    path = workspace.path(name)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(
+            "there is no such file or folder", where=name, remedy=f"a path from {workspace.root}, or an absolute one"
+        )
+    found = sorted(path.rglob("*.jsonl"))
+    if not found:
+        others = sorted({p.suffix or p.name for p in path.rglob("*") if p.is_file()})
+        raise UserError(f"holds no .jsonl file (found: {', '.join(others) or 'nothing'})", where=name)
+    return found
 
 
 def split(rows: Sequence[AnyRow], validation: Validation) -> tuple[list[AnyRow], list[AnyRow]]:
@@ -159,21 +175,6 @@ def describe(rows: Sequence[Row]) -> dict[str, Any]:
     """Count, hash over the content in any order, and domains, for a record."""
     digest = hashlib.sha256("".join(sorted(map(row_hash, rows))).encode()).hexdigest()
     return {"rows": len(rows), "sha256": digest, "domains": dict(sorted(Counter(r.domain for r in rows).items()))}
-
-
-def _files(workspace: Workspace, name: str) -> list[Path]:
-    path = workspace.path(name)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(
-            "there is no such file or folder", where=name, remedy=f"a path from {workspace.root}, or an absolute one"
-        )
-    files = sorted(path.rglob("*.jsonl"))
-    if not files:
-        found = sorted({p.suffix or p.name for p in path.rglob("*") if p.is_file()})
-        raise UserError(f"holds no .jsonl file (found: {', '.join(found) or 'nothing'})", where=name)
-    return files
 
 
 def _read_file(workspace: Workspace, path: Path, kind: type[AnyRow]) -> list[AnyRow]:

@@ -35,8 +35,8 @@ class Base:
     trust_remote_code: bool
 
     def identity(self) -> dict[str, Any]:
-        """For the record: one hash over the weights' files."""
-        files = sorted(self.folder.glob("*.safetensors"))
+        """For the record: one hash over the weights' files and the configuration that says how they compute."""
+        files = [*sorted(self.folder.glob("*.safetensors")), self.folder / "config.json"]
         digest = hashlib.sha256("".join(f"{f.name} {sha256(f)}\n" for f in files).encode()).hexdigest()
         return {"name": self.name, "revision": self.revision, "sha256": digest}
 
@@ -80,8 +80,9 @@ def read_config(workspace: Workspace, profile: Profile) -> Any:
     from transformers import AutoConfig
 
     name, trust = profile.config.base_model, profile.config.trust_remote_code
-    if name == "tiny" or workspace.path(name).is_dir():
-        return AutoConfig.from_pretrained(_folder(workspace, profile)[0], trust_remote_code=trust)
+    folder = _local_folder(workspace, profile)
+    if folder is not None:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(name, "config.json", revision=profile.config.revision)
@@ -146,21 +147,29 @@ def _device(profile: Profile) -> str:
 
 
 def _folder(workspace: Workspace, profile: Profile) -> tuple[Path, str | None]:
-    name, revision = profile.config.base_model, profile.config.revision
+    folder = _local_folder(workspace, profile)
+    if folder is not None:
+        return folder, None
+    return _from_hub(profile, profile.config.base_model, profile.config.revision)
+
+
+def _local_folder(workspace: Workspace, profile: Profile) -> Path | None:
+    """None for a name on the hub. Raises `UserError` for what is neither that nor a folder."""
+    name = profile.config.base_model
     if name == "tiny":
         from pipeline.tiny import tiny_base
 
-        return tiny_base(), None
+        return tiny_base()
     local = workspace.path(name)
     if local.is_dir():
-        return local, None
+        return local
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise profile.error(
             "base_model",
             f"there is no folder {local}",
             "a hub name such as deepseek-ai/deepseek-coder-7b-instruct-v1.5",
         )
-    return _from_hub(profile, name, revision)
+    return None
 
 
 def _from_hub(profile: Profile, name: str, revision: str) -> tuple[Path, str | None]:
@@ -175,7 +184,11 @@ def _from_hub(profile: Profile, name: str, revision: str) -> tuple[Path, str | N
     except LocalEntryNotFoundError:
         pass
     commit = _commit_on_hub(profile, name, revision)
-    return Path(snapshot_download(name, revision=commit, allow_patterns=MODEL_FILES)), commit
+    try:
+        return Path(snapshot_download(name, revision=commit, allow_patterns=MODEL_FILES)), commit
+    except Exception as error:  # the network again, or the disk: huggingface_hub keeps what has come
+        what = f"the download of {name} broke off ({type(error).__name__}: {error})"
+        raise profile.error("base_model", what, "the same command again: it goes on where it stopped") from None
 
 
 def _commit_on_hub(profile: Profile, name: str, revision: str) -> str:

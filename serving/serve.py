@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 
 from pipeline.chat import Chat, Contract
 from pipeline.errors import StageFailed, UserError
-from pipeline.model import Base, find_base, load_model
+from pipeline.model import Base, check_trained_on, find_base, load_model
 from pipeline.progress import duration, say
 from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Input
@@ -102,6 +102,8 @@ def servable(job: Job) -> tuple[Source, Base, Chat]:
     chat = Chat(tokenizer, job.workspace.shown(source.output))
     if Contract.load(source.output) != chat.contract:
         raise UserError("its chat template is not the one it was trained with", where=chat.name)
+    if source.facts.stage != "merge":
+        check_trained_on(base, base.chat(), job.workspace, source)
     return source, base, chat
 
 

@@ -20,6 +20,9 @@ from pipeline.records.file import RecordFile
 from pipeline.stage import Job, run_stage
 from pipeline.workspace import CHECKOUT, Workspace
 
+# Before torch is imported: two test processes on two cores, where more threads would only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 SFT_ROWS_A_DOMAIN, PAIRS_A_DOMAIN = 3, 3
 SMALL = """\
 name: small

@@ -87,6 +87,8 @@ class RecordFile:
         os.replace(self._next, self._last)
 
     def _halves(self) -> Halves:
+        if self.path.exists() and not self.path.is_file():  # reading a pipe would wait for ever
+            raise UserError("is no file", where=str(self.path))
         try:
             return split(self.path.read_bytes(), str(self.path))
         except OSError as error:

@@ -166,7 +166,7 @@ def liveness(facts: Facts) -> str:
         alive = process is not None and abs(process.create_time() - (last.started or 0)) < 2
         if process is not None and process.status() == psutil.STATUS_ZOMBIE:  # ended, and nobody has asked how
             alive = False
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, ValueError):  # gone, or a number that no process has
         alive = False
     return "running" if alive else "dead"
 

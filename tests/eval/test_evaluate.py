@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 LIMIT, QUESTIONS = 3, 4
 T_4 = 2.776445  # Student's t, 97.5 %, 4 degrees of freedom
-T_3 = 3.182446  # and 3
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +87,12 @@ def test_the_record_is_complete_and_says_what_was_compared(own: "Trained", recor
 
 
 def test_loss_is_paired_row_by_row_on_what_training_held_out(
-    own: "Trained", record: Record, models: Any, chat: Chat, token_losses: Callable[..., list[float]]
+    own: "Trained", record: Record, models: Any, chat: Chat, answer_losses: Callable[..., list[float]]
 ) -> None:
     rows = []
     for row in held_out(own, "data/sft", data.Conversation):
-        encoded = chat.conversation(row.messages)
-        trained = [at for at, counts in enumerate(encoded.mask[1:]) if counts]
-        losses = [token_losses(model, encoded.ids) for model in models]
-        rows.append([sum(loss[at] for at in trained) / len(trained) for loss in losses])
+        losses = [answer_losses(model, chat.conversation(row.messages)) for model in models]
+        rows.append([sum(loss) / len(loss) for loss in losses])
     before, after = zip(*rows, strict=True)
     measured = record.facts.results["eval_loss"]
     assert ends(measured["before"]) == pytest.approx(interval(before), abs=1e-3)
@@ -110,16 +107,13 @@ def test_loss_is_paired_row_by_row_on_what_training_held_out(
 
 
 def test_preference_is_the_change_against_the_base_pair_by_pair(
-    own: "Trained", record: Record, models: Any, chat: Chat, token_losses: Callable[..., list[float]]
+    own: "Trained", record: Record, models: Any, chat: Chat, answer_losses: Callable[..., list[float]]
 ) -> None:
     changes = []
     for pair in held_out(own, "data/dpo", data.PreferencePair):
         margins = []
         for model in models:
-            chosen, rejected = (
-                -sum(loss for loss, counts in zip(token_losses(model, side.ids), side.mask[1:], strict=True) if counts)
-                for side in heldout.encode_pair(chat, pair)
-            )
+            chosen, rejected = (-sum(answer_losses(model, side)) for side in heldout.encode_pair(chat, pair))
             margins.append(chosen - rejected)
         changes.append(margins[1] - margins[0])
     results = record.facts.results
@@ -138,9 +132,9 @@ def test_every_figure_has_its_interval_and_its_n(record: Record) -> None:
         return own + [figure for inner in value.values() for figure in figures(inner)]
 
     found = figures(record.facts.results)
-    assert len(found) >= 20
+    assert len(found) >= 15
     for figure in found:
-        assert figure["n"] in (LIMIT, QUESTIONS, 5)
+        assert 1 <= figure["n"] <= 5
         assert figure["ci_low"] <= figure["value"] <= figure["ci_high"]
 
 
@@ -199,32 +193,49 @@ def file_of(copied: "Trained", kind: str, row: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
-@pytest.mark.parametrize("how", ["edited", "removed", "moved to training"])
-def test_held_out_rows_that_changed_since_training_are_refused(copied: "Trained", kind: str, how: str) -> None:
-    row = held_out(copied, f"data/{kind}", data.Conversation if kind == "sft" else data.PreferencePair)[0]
+@pytest.mark.parametrize("how", ["edited", "removed"])
+@pytest.mark.parametrize(("kind", "shape"), [("sft", data.Conversation), ("dpo", data.PreferencePair)])
+def test_held_out_rows_that_changed_since_training_are_refused(
+    copied: "Trained", kind: str, shape: type[data.Row], how: str
+) -> None:
+    row = held_out(copied, f"data/{kind}", shape)[0]
 
     def change(rows: list[dict[str, Any]]) -> None:
         at = next(i for i, r in enumerate(rows) if r["id"] == row.id)
         if how == "removed":
             del rows[at]
         else:
-            turn = rows[at]["messages" if kind == "sft" else "chosen"][-1]
-            turn["content"] += "." if how == "edited" else " " * 40
+            rows[at]["messages" if kind == "sft" else "chosen"][-1]["content"] += "."
 
-    if how == "moved to training":
-        job = copied.job("training_data.validation.seed=2")
-    else:
-        rewrite(file_of(copied, kind, row), change)
-        job = copied.job()
-    with pytest.raises(UserError, match=f"the rows that {copied.sft if kind == 'sft' else copied.dpo} held out are"):
-        Evaluate._prepare_only(job, kind)
+    rewrite(copied.workspace.root / row.where.rpartition(":")[0], change)
+    with pytest.raises(UserError, match=f"data/{kind}: the rows that {getattr(copied, kind)} held out are not"):
+        Evaluate.prepare(copied.job())
 
 
-def test_a_training_row_that_changed_is_no_obstacle(copied: "Trained") -> None:
-    rows = data.read_rows(copied.workspace, "data/sft", data.Conversation)
-    train, kept = data.split(rows, copied.job().config.training_data.validation)
-    row = next(r for r in train)
-    rewrite(file_of(copied, "sft", row), lambda rows: rows[0].update(note="seen"))
-    assert [r.id for r in held_out(copied, "data/sft", data.Conversation)] == [r.id for r in kept]
-    assert len(Evaluate.prepare(copied.job(parts=("heldout",))).items.conversations) == 5
+@pytest.mark.parametrize("key", ["seed=2", "fraction=0.5", "strategy=random"])
+def test_another_split_than_the_trained_one_is_refused(trained: "Trained", key: str) -> None:
+    with pytest.raises(UserError, match="some may have been trained on"):
+        Evaluate.prepare(trained.job(f"training_data.validation.{key}"))
+
+
+def test_rows_in_another_order_are_the_same_rows(copied: "Trained") -> None:
+    for path in copied.workspace.path("data").glob("[sd]*/*.jsonl"):
+        rewrite(path, lambda rows: rows.reverse())
+    items = Evaluate.prepare(copied.job(parts=("heldout",))).items
+    assert (len(items.conversations), len(items.pairs)) == (5, 5)
+
+
+def test_a_template_that_is_not_the_bases_is_refused(copied: "Trained") -> None:
+    """Even where it is what the model itself was trained with: the base would be asked something else."""
+    folder = copied.output("merge")
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("### Instruction", "### Question"))
+    from transformers import AutoTokenizer
+
+    Chat(AutoTokenizer.from_pretrained(folder), "changed").contract.save(folder)
+    facts = copied.record("merge").facts()
+    assert facts is not None
+    facts.artifacts = artifacts(copied.workspace, folder)
+    copied.record("merge").write(facts)
+    with pytest.raises(UserError, match="is not its base's"):
+        Evaluate.prepare(copied.job())

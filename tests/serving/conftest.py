@@ -88,7 +88,10 @@ def greedy() -> Callable[..., list[int]]:
             models[folder] = AutoModelForCausalLM.from_pretrained(folder).eval()
         with torch.inference_mode():
             output = models[folder].generate(  # type: ignore[attr-defined]
-                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False, max_new_tokens=max_tokens
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt)),
+                do_sample=False,
+                max_new_tokens=max_tokens,
             )
         return output[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
 

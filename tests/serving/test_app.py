@@ -257,7 +257,9 @@ def test_null_is_the_default_of_every_optional_parameter(server: "Server") -> No
 
 
 def test_many_at_once_each_get_their_own_answer(server: "Server") -> None:
-    questions = [[{"role": "user", "content": f"What is {i} plus {i}?" + " Say it again." * (i % 5)}] for i in range(16)]
+    questions = [
+        [{"role": "user", "content": f"What is {i} plus {i}?" + " Say it again." * (i % 5)}] for i in range(16)
+    ]
     alone = [ask(server, messages=messages, max_tokens=16)[0].message.content for messages in questions]
 
     async def all_at_once() -> list[Any]:

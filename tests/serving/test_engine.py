@@ -1,6 +1,7 @@
 """The engine in this process: what it generates is what plain transformers would."""
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,4 +134,7 @@ def test_a_model_that_breaks_fails_every_request_and_shows(engine: Engine, model
             hook.remove()
 
     assert asyncio.run(scene()) == ["out of memory", "the generation thread has ended"]
+    deadline = time.monotonic() + 10  # the thread tells its callers first, and then ends
+    while engine.alive and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert not engine.alive
