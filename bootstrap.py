@@ -124,7 +124,18 @@ def torch_pin():
 
 def pip_of(venv):
     python = os.path.join(venv, "bin", "python")
-    return (python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", "--quiet", "--retries", "2")
+    return (
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--disable-pip-version-check",
+        "--progress-bar",
+        "off",
+        "--quiet",
+        "--retries",
+        "2",
+    )
 
 
 def run(*command):
@@ -136,7 +147,9 @@ def run(*command):
     if "No space left on device" in done.stderr:
         fail("the disk is full; make room and run `make setup` again")
     if any(sign in done.stderr for sign in UNREACHABLE):
-        fail("the package index cannot be reached or lacks a pin; check the network (pip config list), then run it again")
+        fail(
+            "the package index cannot be reached or lacks a pin; check the network (pip config list), then run it again"
+        )
     fail("`pip %s` failed; its last words are above" % " ".join(command[3:]))
 
 

@@ -11,7 +11,9 @@ def print_json(value: Any) -> None:
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]], out: Any) -> None:
     """Aligned columns; the last cell of a row may be a list of lines."""
-    table = [[*map(_printable, row[:-1]), row[-1] if isinstance(row[-1], list) else [row[-1]]] for row in [header, *rows]]
+    table = [
+        [*map(_printable, row[:-1]), row[-1] if isinstance(row[-1], list) else [row[-1]]] for row in [header, *rows]
+    ]
     widths = [max(len(row[i]) for row in table) for i in range(len(header) - 1)]
     for row in table:
         cells = "  ".join(f"{cell:<{width}}" for cell, width in zip(row[:-1], widths, strict=True))

@@ -37,7 +37,7 @@ def levels() -> Iterator[tuple[str, ...]]:
 # ── help ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("words", levels(), ids=lambda words: " ".join(words) or "aletheia")
+@pytest.mark.parametrize("words", list(levels()), ids=lambda words: " ".join(words) or "aletheia")
 def test_help_of_every_level_has_an_example_that_names_it(
     aletheia: "Callable[..., Said]", workspace: Workspace, words: tuple[str, ...]
 ) -> None:
@@ -99,13 +99,13 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "a record elsewhere": (("dpo", *SMALL, "--from", "../../etc/passwd"), "error: .*passwd.*"),
     "a record by its path": (("merge", *SMALL, "--from", "experiments/EXP-2000-01-01-001.yaml"), "error: .*EXP-2000.*"),
     "nothing to resume": (("sft", *SMALL, "--resume"), "error: nothing to resume: no sft record of profile `small`"),
-    "no such backend": (("serve", *SMALL, "--backend", "vllm"), "error: --backend: there is no backend `vllm` yet; try auto or"),
+    "no such backend": (("serve", *SMALL, "--backend", "vllm"), "error: --backend: there is no backend `vllm` yet; try auto"),
     "no such port": (("serve", *SMALL, "--port", "70000"), "error: --set: serve_config.port: must be"),
     "a port of letters": (("serve", *SMALL, "--port", "http"), "error: .*--port.*; try aletheia serve --help"),
     "no such part": (("eval", "heldot", *SMALL), "error: eval: there is no part `heldot`; try heldout, benchmarks, winrate"),
     "no such data": (("data", "check", "data/none"), "error: data/none.*"),
     "no such row": (("data", "show", "data/sft", *SMALL, "--row", "x"), "error: data/sft: there is no row `x`; try --row "),
-    "rows of evaluation": (("data", "show", "data/eval/questions", *SMALL), "error: data/eval/questions/.*:1: these rows are not"),
+    "rows of evaluation": (("data", "show", "data/eval/questions", *SMALL), "error: data/eval/questions/.*:1: these rows are"),
 }  # fmt: skip
 
 
@@ -143,7 +143,12 @@ def test_what_nobody_foresaw_is_one_line_and_exit_1(
 @pytest.mark.parametrize(
     ("ending", "code", "line", "status"),
     [
-        (StageFailed("the disk is full", remedy="a larger one"), 1, "error: the disk is full; try a larger one", "failed"),
+        (
+            StageFailed("the disk is full", remedy="a larger one"),
+            1,
+            "error: the disk is full; try a larger one",
+            "failed",
+        ),
         (MemoryError("9 GB"), 1, "error: unexpected MemoryError: 9 GB; --debug shows where", "failed"),
         (KeyboardInterrupt(), 130, "error: interrupted", "cancelled"),
     ],

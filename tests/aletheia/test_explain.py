@@ -25,7 +25,13 @@ def test_every_value_says_where_it_came_from(aletheia: "Callable[..., Said]", wo
     assert values["sft_config.lora_rank"] == {"value": 4, "from": "--set"}
     assert values["eval_config.limit"] == {"value": None, "from": "--set"}
     assert values["dpo_config.beta"] == {"value": 0.1, "from": "default"}
-    for key in ("name", "device", "training_data.validation.seed", "sft_config.learning_rate", "eval_config.max_tokens"):
+    for key in (
+        "name",
+        "device",
+        "training_data.validation.seed",
+        "sft_config.learning_rate",
+        "eval_config.max_tokens",
+    ):
         file, _, line = values[key]["from"].rpartition(":")
         assert file == "configs/small.yaml"
         assert f"{key.split('.')[-1]}: " in lines[int(line) - 1]

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -137,7 +138,7 @@ def inside_a_token(pieces: list[str]) -> str:
 
 def across_two_tokens(pieces: list[str]) -> str:
     """Neither token holds it; together they do."""
-    return next(a[-1] + b[0] for a, b in zip(pieces[3:], pieces[4:], strict=False) if len(a) > 1 and len(b) > 1)
+    return next(a[-1] + b[0] for a, b in pairwise(pieces[3:]) if len(a) > 1 and len(b) > 1)
 
 
 @pytest.mark.parametrize(

@@ -72,10 +72,8 @@ def test_sigterm_lets_the_answer_finish_and_closes_a_complete_record(
 def test_a_port_in_use_is_one_line(
     copied: "Trained", prepare: Callable[[Job], Serve], aletheia: "Callable[..., Said]", taken: str
 ) -> None:
-    if taken == "by a server":
-        other = socket.create_server(("127.0.0.1", 0))
-    else:
-        other = prepare(copied.job(ANY_PORT)).listener
+    answering = taken == "by a server"
+    other = socket.create_server(("127.0.0.1", 0)) if answering else prepare(copied.job(ANY_PORT)).listener
     port = other.getsockname()[1]
     before = sorted(copied.workspace.experiments.iterdir())
     said = aletheia(copied.workspace, "serve", "--profile", "small", "--port", str(port))
@@ -132,7 +130,7 @@ def test_an_adapter_served_unmerged_says_what_its_merged_model_says(
 
 def test_the_merged_model_is_preferred_then_dpo_then_sft(copied: "Trained") -> None:
     names = []
-    for stage in ("merge", "dpo", "sft"):
+    for _ in range(3):
         source, _, _ = servable(copied.job())
         names.append((source.file.id, model_name(copied.job(), source)))
         (copied.workspace.experiments / f"{source.file.id}.yaml").unlink()
