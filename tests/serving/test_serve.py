@@ -76,7 +76,7 @@ def test_a_port_in_use_is_one_line(
     other = socket.create_server(("127.0.0.1", 0)) if answering else prepare(copied.job(ANY_PORT)).listener
     port = other.getsockname()[1]
     before = sorted(copied.workspace.experiments.iterdir())
-    said = aletheia(copied.workspace, "serve", "--profile", "small", "--port", str(port))
+    said = aletheia(copied.workspace, "serve", "--profile", "small", "--port", str(port), "--dry-run")
     other.close()
     assert said.code == 2
     assert said.out == ""
