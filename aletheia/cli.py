@@ -95,7 +95,7 @@ def merge(
     dry_run: DryRunOption = False,
     hypothesis: HypothesisOption = None,
 ) -> None:
-    """Merges the newest DPO (else SFT) adapter into the base, with a receipt.
+    """Merges the newest adapter (DPO or SFT) into the base, with a receipt.
 
     \b
     Example:  aletheia merge --profile tiny

@@ -2,8 +2,8 @@
 
     aletheia merge --profile tiny        make merge PROFILE=tiny
 
-Takes the newest DPO adapter, else the newest SFT adapter. Reads the base tensor by tensor, adds B·A·scale in float32,
-rounds once to the base's dtype, and writes `checkpoints/EXP-…/model` with tokenizer, template, chat contract and a
+Takes the newest adapter: DPO's, or SFT's where none or only an older DPO stands. Reads the base tensor by tensor, adds
+B·A·scale in float32, rounds once to the base's dtype, and writes `checkpoints/EXP-…/model` with tokenizer, template, chat contract and a
 generation_config that stops at the end-of-turn; the link is `<name>-merged`. The receipt in the record: every merged
 tensor read back and compared with base + adapter, every other tensor unchanged bit for bit, no adapter key left over,
 and the logits of real prompts against plain peft where the model fits in memory. Plain LoRA on linear layers only:
@@ -22,6 +22,7 @@ from pipeline.chat import Chat
 from pipeline.errors import StageFailed, UserError
 from pipeline.model import Base, check_trained_on, find_base, load_model
 from pipeline.progress import Progress, say
+from pipeline.records import find
 from pipeline.records.find import artifacts, link_newest
 from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Input
@@ -85,7 +86,7 @@ class Merge:
 
     @classmethod
     def prepare(cls, job: Job) -> Self:
-        source = take(job, ["dpo", "sft"], "adapter")
+        source = take(job, find.latest_first(job.workspace, job.profile.id, ["dpo", "sft"]), "adapter")
         base = find_base(job.workspace, job.profile)
         chat = base.chat()
         check_trained_on(base, chat, job.workspace, source)

@@ -52,6 +52,15 @@ def source(workspace: Workspace, profile: str, stages: list[str], wanted: str | 
     )
 
 
+def latest_first(workspace: Workspace, profile: str, stages: list[str]) -> list[str]:
+    """`stages`, the one with the newest complete record first: an SFT made after a DPO is what its maker now means."""
+    for _, facts in records(workspace):
+        usable = facts.profile == profile and facts.status == "complete" and facts.stage in stages
+        if usable and not _is_control(workspace, facts):
+            return [facts.stage, *(stage for stage in stages if stage != facts.stage)]
+    return stages
+
+
 def resumable(workspace: Workspace, profile: str, stage: str) -> tuple[RecordFile, Facts]:
     """The newest record of this stage and profile, if it did not finish and its process is gone."""
     for file, facts in records(workspace):

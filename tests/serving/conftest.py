@@ -7,15 +7,21 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import openai
 import pytest
 
+from pipeline import data
 from pipeline.chat import Chat
+from pipeline.model import Base
 from pipeline.records.file import RecordFile
 from pipeline.records.schema import Facts
 from pipeline.workspace import CHECKOUT, Workspace
+
+if TYPE_CHECKING:
+    from tests.conftest import Trained
 
 
 @dataclass
@@ -99,8 +105,18 @@ def greedy() -> Callable[..., list[int]]:
 
 
 @pytest.fixture(scope="session")
-def tuned_chat(trained: object) -> Chat:
+def tuned_chat(trained: "Trained") -> Chat:
     """The chat template that the merged model carries."""
     from transformers import AutoTokenizer
 
-    return Chat(AutoTokenizer.from_pretrained(trained.output("merge")), "merged")  # type: ignore[attr-defined]
+    return Chat(AutoTokenizer.from_pretrained(trained.output("merge")), "merged")
+
+
+@pytest.fixture(scope="session")
+def question(trained: "Trained", base: Base, tuned_chat: Chat, greedy: Callable[..., list[int]]) -> str:
+    """One that the base and the merged model answer differently: the answer tells which of them gave it."""
+    for row in data.read_rows(trained.workspace, "data/eval/questions", data.Question):
+        prompt = tuned_chat.prompt([data.Message(role="user", content=row.prompt)])
+        if greedy(base.folder, prompt, 24) != greedy(trained.output("merge"), prompt, 24):
+            return row.prompt
+    raise AssertionError("the base and the merged model answer every question alike")

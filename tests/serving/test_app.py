@@ -63,10 +63,11 @@ def stream(server: "Server", **request: Any) -> tuple[str, str | None, Any]:
 # ── what is said ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("messages", [QUESTION, TALK], ids=["question", "talk"])
+@pytest.mark.parametrize("talk", [False, True], ids=["question", "talk"])
 def test_whole_streamed_and_plain_transformers_say_the_same(
-    server: "Server", trained: "Trained", tuned_chat: Chat, greedy: Callable[..., list[int]], messages: Any
+    server: "Server", trained: "Trained", tuned_chat: Chat, greedy: Callable[..., list[int]], question: str, talk: bool
 ) -> None:
+    messages = TALK if talk else [{"role": "user", "content": question}]
     prompt = ids_of(tuned_chat, messages)
     tokens = greedy(trained.output("merge"), prompt, 40)
     text = tuned_chat.tokenizer.decode(tokens, skip_special_tokens=True)

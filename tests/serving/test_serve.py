@@ -11,6 +11,7 @@ from pipeline.chat import CONTRACT_FILE, Chat, Contract
 from pipeline.data import Message
 from pipeline.errors import UserError
 from pipeline.merge import Merge
+from pipeline.model import Base, load_model
 from pipeline.records.find import artifacts
 from pipeline.stage import Job, run_stage
 from serving.app import Usage, build_app
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from tests.conftest import Said, Trained
     from tests.serving.conftest import Server
 
-QUESTION = "How do I find out why a PostgreSQL query is slow?"
 ANY_PORT = "serve_config.port=0"
 
 
@@ -107,25 +107,35 @@ def test_an_address_that_is_not_this_machines_is_one_line(trained: "Trained", ho
 # ── which model ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def answer_of(job: Job, max_tokens: int = 24) -> tuple[str, str]:
+def answer_of(job: Job, question: str) -> tuple[str, str]:
     """The name and the greedy answer of the model that the job would serve."""
     source, base, chat = servable(job)
     app = build_app(Engine(load_source(source, base), chat, 2048, 2), model_name(job, source), 512, Usage())
-    body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": max_tokens, "temperature": 0}
+    body = {"messages": [{"role": "user", "content": question}], "max_tokens": 24, "temperature": 0}
     with TestClient(app) as client:
         answer = client.post("/v1/chat/completions", json=body | {"model": model_name(job, source)}).json()
     return answer["model"], answer["choices"][0]["message"]["content"]
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_an_adapter_served_unmerged_says_what_its_merged_model_says(
-    copied: "Trained", greedy: Callable[..., list[int]], tuned_chat: Chat, stage: str
+def test_an_adapter_served_unmerged_is_its_merged_model(
+    copied: "Trained", base: Base, greedy: Callable[..., list[int]], tuned_chat: Chat, question: str, stage: str
 ) -> None:
-    adapter = getattr(copied, stage)
-    merged = run_stage(Merge, copied.job(source=adapter)).output / "model"
-    tokens = greedy(merged, tuned_chat.prompt([Message(role="user", content=QUESTION)]), 24)
-    text = tuned_chat.tokenizer.decode(tokens, skip_special_tokens=True)
-    assert answer_of(copied.job(source=adapter)) == (f"small-{stage}", text)
+    import torch
+
+    job = copied.job(source=getattr(copied, stage))
+    merged = run_stage(Merge, job).output / "model"
+    prompt = tuned_chat.prompt([Message(role="user", content=question)])
+    text = tuned_chat.tokenizer.decode(greedy(merged, prompt, 24), skip_special_tokens=True)
+    assert answer_of(job, question) == (f"small-{stage}", text)
+
+    source, _, _ = servable(job)
+    with torch.inference_mode():
+        served, whole, bare = (
+            model(input_ids=torch.tensor([prompt])).logits
+            for model in (load_source(source, base), load_model(merged, base), base.load())
+        )
+    assert (served - whole).abs().max() < 1e-3 < (served - bare).abs().max()
 
 
 def test_the_merged_model_is_preferred_then_dpo_then_sft(copied: "Trained") -> None:

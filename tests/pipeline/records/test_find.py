@@ -255,3 +255,15 @@ def test_a_link_never_replaces_what_is_real(place: Workspace, kind: str) -> None
         find.link_newest(place, "small-sft", place.checkpoints / "EXP-1")
     assert not real.is_symlink()
     assert sorted(path.name for path in place.checkpoints.iterdir()) == ["EXP-1", "small-sft"]
+
+
+def test_merge_takes_an_sft_made_after_the_last_dpo(place: Workspace, kept: Keep) -> None:
+    kept(1)
+    kept(2, stage="dpo")
+    assert taken(place, find.latest_first(place, "small", ["dpo", "sft"])) == "002"
+    kept(3, configuration=CONTROL)
+    kept(4, status="cancelled")
+    assert taken(place, find.latest_first(place, "small", ["dpo", "sft"])) == "002"
+    kept(5)
+    assert taken(place, find.latest_first(place, "small", ["dpo", "sft"])) == "005"
+    assert find.latest_first(place, "other", ["dpo", "sft"]) == ["dpo", "sft"]
