@@ -124,6 +124,9 @@ def keep_adapter(model: Any, chat: Chat, record: Record, link: str) -> Path:
     """Writes the trained adapter, whole or not at all, hashes it into the record and points the link at it."""
     folder, partial = record.output / "adapter", record.output / "adapter.partial"
     shutil.rmtree(partial, ignore_errors=True)
+    config = model.peft_config["default"]
+    if isinstance(config.target_modules, set):  # a set's order differs between processes, and with it the file's hash
+        config.target_modules = sorted(config.target_modules)
     model.save_pretrained(partial, selected_adapters=["default"], safe_serialization=True)
     chat.tokenizer.save_pretrained(partial)
     chat.contract.save(partial)
