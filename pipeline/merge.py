@@ -5,9 +5,10 @@
 Takes the newest adapter: DPO's, or SFT's where none or only an older DPO stands. Reads the base tensor by tensor, adds
 B·A·scale in float32, rounds once to the base's dtype, and writes `checkpoints/EXP-…/model` with tokenizer, template,
 chat contract and a generation_config that stops at the end-of-turn; the link is `<name>-merged`. The receipt in the
-record: every merged tensor read back and compared with base + adapter, every other tensor unchanged bit for bit, no adapter key left over,
-and the logits of real prompts against plain peft where the model fits in memory. Plain LoRA on linear layers only:
-anything else in the adapter is refused. A quantised base is never merged into: the weights as stored are used.
+record: every merged tensor read back and compared with base + adapter, every other tensor unchanged bit for bit, no
+adapter key left over, and the logits of real prompts against plain peft where the model fits in memory. Plain LoRA on
+linear layers only: anything else in the adapter is refused. A quantised base is never merged into: the weights as
+stored are used.
 """
 
 import json
