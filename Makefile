@@ -11,7 +11,7 @@ resume   = $(if $(filter-out 0,$(RESUME)),--resume)
 
 .NOTPARALLEL:
 .SILENT:
-.PHONY: help setup lock demo data sft dpo merge serve eval test lint
+.PHONY: help setup lock demo data sft dpo merge serve eval run report test lint
 
 help:
 	echo "make demo            the whole pipeline on the embedded tiny model, on a CPU"
@@ -19,6 +19,8 @@ help:
 	echo "make data sft dpo merge PROFILE=…         the stages, in this order"
 	echo "make serve PROFILE=…                      an OpenAI-compatible endpoint on 127.0.0.1:8000"
 	echo "make eval PROFILE=…                       held-out rows, benchmarks, win-rate against the base"
+	echo "make run EXP=EXP-…                        runs a planned record"
+	echo "make report                               one HTML page of all records"
 	echo "with SET=\"sft_config.epochs=1.0 …\"  FROM=EXP-…  RESUME=1  ARGS=…"
 
 setup: .venv/.installed
@@ -43,6 +45,11 @@ serve: setup
 	$(ALETHEIA) serve $(profile) $(from) $(if $(BACKEND),--backend "$(BACKEND)")
 eval: setup
 	$(ALETHEIA) eval $(profile) $(from)
+
+run: setup
+	$(ALETHEIA) exp run "$(EXP)" $(ARGS)
+report: setup
+	$(ALETHEIA) report $(ARGS)
 
 test: setup
 	.venv/bin/python -m pytest $(ARGS)

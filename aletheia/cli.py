@@ -8,17 +8,29 @@ aletheia --help
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.exceptions import Abort, Exit, TyperException
 
+from aletheia.exp.commands import app as exp_app
+from aletheia.options import (
+    DEFAULT,
+    CriterionOption,
+    DryRunOption,
+    FromOption,
+    HypothesisOption,
+    JsonOption,
+    ProfileOption,
+    ResumeOption,
+    SetOption,
+)
 from pipeline.errors import AletheiaError, UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-exp_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 EXAMPLE = "\n\n\b\nExample:  aletheia "
 app.add_typer(
     data_app,
@@ -28,16 +40,7 @@ app.add_typer(
 app.add_typer(
     config_app, name="config", help=f"Profiles: what is in effect, and why.{EXAMPLE}config explain --profile tiny"
 )
-app.add_typer(exp_app, name="exp", help=f"Experiment records.{EXAMPLE}exp list")
-
-ProfileOption = Annotated[str, typer.Option("--profile", help="Name in configs/, or a file.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the profile's value; repeatable.")]
-FromOption = Annotated[str | None, typer.Option("--from", help="Record to build on; default: the newest complete one.")]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the newest interrupted run of this stage.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
-HypothesisOption = Annotated[str | None, typer.Option("--hypothesis", help="What you expect; kept in the record.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="The data alone, as JSON, on stdout.")]
-DEFAULT = "deepseek-coder-7b"
+app.add_typer(exp_app, name="exp", help=f"Experiment records: plan, run, read, trust.{EXAMPLE}exp list")
 
 
 @app.callback()
@@ -57,6 +60,7 @@ def sft(
     resume: ResumeOption = False,
     dry_run: DryRunOption = False,
     hypothesis: HypothesisOption = None,
+    criterion: CriterionOption = None,
 ) -> None:
     """Supervised fine-tuning: a LoRA adapter on the base model.
 
@@ -65,7 +69,7 @@ def sft(
     """
     from pipeline.sft import Sft
 
-    _run(Sft, profile, set_, dry_run, resume=resume, hypothesis=hypothesis)
+    _run(Sft, profile, set_, dry_run, resume=resume, hypothesis=hypothesis, criteria=tuple(criterion or ()))
 
 
 @app.command()
@@ -76,6 +80,7 @@ def dpo(
     resume: ResumeOption = False,
     dry_run: DryRunOption = False,
     hypothesis: HypothesisOption = None,
+    criterion: CriterionOption = None,
 ) -> None:
     """Preference optimisation: continues the newest SFT adapter (or, with --from base, starts on the base).
 
@@ -84,7 +89,7 @@ def dpo(
     """
     from pipeline.dpo import Dpo
 
-    _run(Dpo, profile, set_, dry_run, source=source, resume=resume, hypothesis=hypothesis)
+    _run(Dpo, profile, set_, dry_run, source=source, resume=resume, hypothesis=hypothesis, criteria=tuple(criterion or ()))
 
 
 @app.command()
@@ -94,6 +99,7 @@ def merge(
     source: FromOption = None,
     dry_run: DryRunOption = False,
     hypothesis: HypothesisOption = None,
+    criterion: CriterionOption = None,
 ) -> None:
     """Merges the newest adapter (DPO or SFT) into the base, with a receipt.
 
@@ -102,7 +108,7 @@ def merge(
     """
     from pipeline.merge import Merge
 
-    _run(Merge, profile, set_, dry_run, source=source, hypothesis=hypothesis)
+    _run(Merge, profile, set_, dry_run, source=source, hypothesis=hypothesis, criteria=tuple(criterion or ()))
 
 
 @app.command()
@@ -139,6 +145,7 @@ def eval_(
     source: FromOption = None,
     dry_run: DryRunOption = False,
     hypothesis: HypothesisOption = None,
+    criterion: CriterionOption = None,
 ) -> None:
     """Judges the newest model against its base: held-out rows, lm-eval-harness tasks, win-rate.
 
@@ -150,7 +157,7 @@ def eval_(
     for part in parts or []:
         if part not in PARTS:
             raise UserError(f"there is no part `{part}`", where="eval", remedy=", ".join(PARTS))
-    _run(Evaluate, profile, set_, dry_run, source=source, hypothesis=hypothesis, parts=tuple(parts or ()))
+    _run(Evaluate, profile, set_, dry_run, source=source, hypothesis=hypothesis, criteria=tuple(criterion or ()), parts=tuple(parts or ()))
 
 
 @app.command()
@@ -219,17 +226,20 @@ def config_explain(profile: ProfileOption = DEFAULT, set_: SetOption = None, as_
     explain(_job(profile, set_), as_json)
 
 
-@exp_app.command("list")
-def exp_list(as_json: JsonOption = False) -> None:
-    """All records, newest first, with their true status: a run whose process is gone is dead.
+@app.command()
+def report(
+    output: Annotated[Path | None, typer.Option(help="File to write; default: experiments/report.html (or .md).")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The project's log as Markdown instead.")] = False,
+) -> None:
+    """One self-contained HTML page of all records: figures, curves, lineage, comparison, verdicts, learnings.
 
     \b
-    Example:  aletheia exp list
+    Example:  aletheia report --markdown --output LOG.md
     """
-    from aletheia.summary import list_records
+    from aletheia.report import write_report
     from pipeline.workspace import Workspace
 
-    list_records(Workspace.find(), as_json)
+    print(write_report(Workspace.find(), output, markdown))
 
 
 def main() -> None:

@@ -35,6 +35,7 @@ class Job:
     resume: bool = False
     hypothesis: str | None = None
     description: str | None = None
+    criteria: tuple[str, ...] = ()  # METRIC OP NUMBER, above the line of the new record
     parts: tuple[str, ...] = ()  # of an evaluation; none named: all
     parent: str | None = None  # the pipeline experiment this is part of
 

@@ -1,5 +1,6 @@
 """Which record to build on: the one named by FROM, else the newest complete one of the same profile."""
 
+import difflib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -26,6 +27,20 @@ def records(workspace: Workspace) -> Iterator[tuple[RecordFile, Facts]]:
             continue
         if facts is not None:
             yield file, facts
+
+
+def named(workspace: Workspace, name: str) -> RecordFile:
+    """The record with this id, or at this path. Raises `UserError`, naming the nearest id there is."""
+    experiment_id = Path(name).name.removesuffix(".yaml")
+    file = RecordFile(workspace.experiments / f"{experiment_id}.yaml")
+    if ids.ID.match(experiment_id) and file.path.is_file():
+        return file
+    near = difflib.get_close_matches(experiment_id, [path.stem for path in ids.newest_first(workspace)], 1)
+    raise UserError(
+        f"there is no record `{name}`",
+        where=workspace.shown(workspace.experiments),
+        remedy=near[0] if near else "aletheia exp list",
+    )
 
 
 def source(workspace: Workspace, profile: str, stages: list[str], wanted: str | None) -> tuple[RecordFile, Facts]:

@@ -43,6 +43,41 @@ class Artifact(Part):
     bytes: int
 
 
+class Visualization(Part):
+    path: str
+    purpose: str
+
+
+class Criterion(Part):
+    """`METRIC OP NUMBER`. A refuted guardrail refutes the whole, whatever the primary ones say."""
+
+    criterion: str
+    role: Literal["primary", "guardrail"] = "primary"
+    min_n: int | None = None  # fewer rows behind the figure than this decide nothing
+
+
+Finding = Literal["supported", "refuted", "inconclusive", "not evaluable"]
+
+
+class Judged(Criterion):
+    """A criterion and what became of it."""
+
+    finding: Finding
+    observed: str  # the figure with its interval and n
+    why: str
+    n_needed: int | None = None  # rows that would decide it, were the figure to stay
+
+
+class Verdict(Part):
+    """`criteria` as they stood when the run started; what was changed above the line since then is shown, not used."""
+
+    frozen_at: str
+    finding: Finding | None = None  # None until the run is complete
+    criteria: list[Criterion] = []
+    judged: list[Judged] = []
+    changed_after_start: list[str] = []
+
+
 class Failure(Part):
     kind: str
     message: str
@@ -62,8 +97,12 @@ class Facts(Part):
     configuration: dict[str, Any] = {}
     data: dict[str, Any] = {}
     results: dict[str, Any] = {}
+    verdict: Verdict | None = None  # of the person's success_criteria
+    visualizations: list[Visualization] = []
     artifacts: list[Artifact] = []
     failure: Failure | None = None
     code: dict[str, Any] = {}
     environment: dict[str, Any] = {}
     resources: dict[str, Any] = {}
+    external: dict[str, Any] = {}  # where it was exported to, or the log it was taken in from
+    seal: str | None = None  # SHA-256 of the lines above it, up to the line: an edit shows in any checkout

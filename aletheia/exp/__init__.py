@@ -1,0 +1,1 @@
+"""Experiment records, as people use them: one module a command (or a few that belong together)."""
