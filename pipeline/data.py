@@ -171,6 +171,11 @@ def row_hash(row: Row) -> str:
     return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def hashes(rows: Sequence[Row]) -> dict[str, str]:
+    """Each row's hash by its id, for `records.items.write_rows`."""
+    return {row.id: row_hash(row) for row in rows}
+
+
 def describe(rows: Sequence[Row]) -> dict[str, Any]:
     """Count, hash over the content in any order, and domains, for a record."""
     digest = hashlib.sha256("".join(sorted(map(row_hash, rows))).encode()).hexdigest()

@@ -1,39 +1,64 @@
 """What a model makes of rows it was not trained on: one figure a row, so that differences can be paired."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.chat import Chat, Encoded
 from pipeline.data import Conversation, PreferencePair
 from pipeline.progress import track
+from pipeline.statistics import Figure
+
+Pause = Callable[[], None]  # called between batches; what it raises ends the measurement
 
 
-def losses(model: Any, encoded: Sequence[Encoded], pad_id: int | None, batch_size: int, what: str) -> list[float]:
+@dataclass(frozen=True)
+class Measure:
+    """How a training measures its held-out rows: one value a row, and the figures that they come to."""
+
+    values: Callable[[Any, str, Pause], list[float]]  # of the model, shown under this name
+    figures: Callable[[list[float]], dict[str, Figure]]
+
+
+def no_pause() -> None:
+    """Goes on."""
+
+
+def losses(
+    model: Any, encoded: Sequence[Encoded], pad_id: int | None, batch_size: int, what: str, pause: Pause = no_pause
+) -> list[float]:
     """Mean negative log-likelihood of each row's trained tokens, nats a token."""
-    sums = log_probs(model, encoded, pad_id, batch_size, what)
+    sums = log_probs(model, encoded, pad_id, batch_size, what, pause)
     return [-total / sum(e.mask[1:]) for total, e in zip(sums, encoded, strict=True)]
 
 
 def margins(
-    model: Any, pairs: Sequence[tuple[Encoded, Encoded]], pad_id: int | None, batch_size: int, what: str
+    model: Any,
+    pairs: Sequence[tuple[Encoded, Encoded]],
+    pad_id: int | None,
+    batch_size: int,
+    what: str,
+    pause: Pause = no_pause,
 ) -> list[float]:
     """log p(chosen) − log p(rejected) of each pair, nats. A positive change under training is a right preference."""
     flat = [side for pair in pairs for side in pair]
-    scores = log_probs(model, flat, pad_id, batch_size, what)
+    scores = log_probs(model, flat, pad_id, batch_size, what, pause)
     return [chosen - rejected for chosen, rejected in zip(scores[::2], scores[1::2], strict=True)]
 
 
-def log_probs(model: Any, encoded: Sequence[Encoded], pad_id: int | None, batch_size: int, what: str) -> list[float]:
+def log_probs(
+    model: Any, encoded: Sequence[Encoded], pad_id: int | None, batch_size: int, what: str, pause: Pause = no_pause
+) -> list[float]:
     """Sum of the log-probabilities of each sequence's trained tokens, nats; float32 whatever the model computes in."""
     import torch
 
-    was_training = model.training
-    model.eval()
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))  # alike lengths together: less padding
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     totals = [0.0] * len(encoded)
-    with torch.inference_mode():
+    with _eval_mode(model), torch.inference_mode():
         for batch in track(batches, what, unit="batch"):
+            pause()
             longest = max(len(encoded[i].ids) for i in batch)
             ids = torch.full((len(batch), longest), pad_id or 0)  # masked, so any id does; some tokenizers have none
             trained = torch.zeros((len(batch), longest), dtype=torch.bool)
@@ -50,8 +75,18 @@ def log_probs(model: Any, encoded: Sequence[Encoded], pad_id: int | None, batch_
                 targets = ids[row, 1:][wanted]
                 chosen = torch.log_softmax(logits[row][wanted].float(), -1).gather(-1, targets[:, None])
                 totals[i] = chosen.sum().item()
-    model.train(was_training)
     return totals
+
+
+@contextmanager
+def _eval_mode(model: Any) -> Iterator[None]:
+    """However the measurement ends, the model is left as it was found."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def encode_pair(chat: Chat, pair: PreferencePair) -> tuple[Encoded, Encoded]:

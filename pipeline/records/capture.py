@@ -19,7 +19,11 @@ import psutil
 from pipeline.config import Cost
 from pipeline.workspace import CHECKOUT, LOCK_FILE
 
+PACKAGES = ("aletheia", "eval", "pipeline", "serving")  # what runs: a new .py file here belongs to the patch
 LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "lm-eval")
+MOST_UNTRACKED = 50  # names in a record; how many more there are is said
+# whatever the person's git is set to, a patch that `git apply` takes
+_DIFF = ("diff", "--binary", "--no-ext-diff", "--no-textconv", "--no-color", "--src-prefix=a/", "--dst-prefix=b/")
 WATTS_PER_BUSY_CORE = 10.0  # an assumption, named in every record that uses it
 _SECRETS = re.compile(
     r"(?P<keep>(?i:(?:api|access|secret|private)[_-]?key|(?:api|access|auth|hf|hub|bearer)[_-]?token|\btoken|secret|password|passwd|passphrase|authorization)"
@@ -35,27 +39,30 @@ def redact(text: str) -> str:
 
 
 def code(folder: Path) -> dict[str, Any]:
-    """Commit and what differs from it; the patch goes into `folder`, `experiments/` left out of it."""
+    """Commit and what differs from it. The patch goes into `folder`, with new .py files of the packages and without
+    `experiments/`; other files that git does not know are only named."""
     facts: dict[str, Any] = {"command": redact(shlex.join(["aletheia", *sys.argv[1:]])), "cwd": os.getcwd()}
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return facts | {"commit": None, "reason": "the code is not in a git checkout with a commit"}
     facts["commit"] = commit.decode().strip()
-    patch = _git("diff", "HEAD", "--binary", "--", ".", ":(exclude)experiments") or b""
-    untracked = (
-        (_git("ls-files", "--others", "--exclude-standard", "--", ".", ":(exclude)experiments") or b"")
-        .decode()
-        .split("\n")
-    )
-    facts["dirty"] = bool(patch) or any(untracked)
+    where = ("--", ".", ":(exclude)experiments")
+    patch, listed = _git(*_DIFF, "HEAD", *where), _git("ls-files", "-z", "--others", "--exclude-standard", *where)
+    if patch is None or listed is None:
+        return facts | {"dirty": None, "reason": "git could not tell what differs from the commit"}
+    untracked = [name for name in listed.decode("utf-8", "replace").split("\0") if name]
+    facts["dirty"] = bool(patch or untracked)
+    for name in [name for name in untracked if name.endswith(".py") and name.split("/")[0] in PACKAGES]:
+        added = _git(*_DIFF, "--no-index", "--", os.devnull, name, ends_with=1)  # 1: they differ
+        if added:
+            patch += added
+            untracked.remove(name)
     if patch:
-        kept = redact(patch.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
-        (folder / "code.patch").write_bytes(kept)
-        facts["patch"] = {"path": f"{folder.name}/code.patch", "sha256": hashlib.sha256(kept).hexdigest()}
-        if kept != patch:
-            facts["patch"]["redacted"] = True  # it may not apply any more
-    if any(untracked):
-        facts["untracked"] = [redact(name) for name in untracked if name][:50]
+        facts["patch"] = _keep(patch, folder)
+    if untracked:
+        facts["untracked"] = [redact(name) for name in untracked[:MOST_UNTRACKED]]
+    if len(untracked) > MOST_UNTRACKED:
+        facts["untracked_more"] = len(untracked) - MOST_UNTRACKED
     return facts
 
 
@@ -72,6 +79,8 @@ def environment() -> dict[str, Any]:
         "lock": _lock(),
     }
     torch = sys.modules.get("torch")  # a stage that has no use for it does not pay for importing it
+    if torch is not None:
+        facts["threads"] = torch.get_num_threads()  # another number sums in another order: other last digits
     if torch is not None and torch.cuda.is_available():
         facts["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         facts["cuda"] = torch.version.cuda
@@ -122,12 +131,37 @@ class Meter:
         return facts
 
 
-def _git(*arguments: str) -> bytes | None:
+def differing(lock: str) -> dict[str, str]:
+    """The packages that are installed otherwise than a lock file's text says, and how."""
+    pins = (line.split("==") for line in lock.splitlines() if "==" in line and not line.startswith("#"))
+    return {
+        name: f"{_version(name)} installed, {pin.strip()} locked"
+        for name, pin in pins
+        if (_version(name) or "").split("+")[0] != pin.strip()
+    }
+
+
+def _keep(patch: bytes, folder: Path) -> dict[str, Any]:
+    """Writes it without its secrets. The patch of a part of the run before a resume is not written over."""
+    kept = redact(patch.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+    digest = hashlib.sha256(kept).hexdigest()
+    path = folder / "code.patch"
+    if path.exists() and path.read_bytes() != kept:
+        path = folder / f"code-{digest[:8]}.patch"
+    path.write_bytes(kept)
+    facts: dict[str, Any] = {"path": f"{folder.name}/{path.name}", "sha256": digest}
+    if kept != patch:
+        facts["redacted"] = True  # it may not apply any more
+    return facts
+
+
+def _git(*arguments: str, ends_with: int = 0) -> bytes | None:
+    """What git says; None when it ends otherwise."""
     try:
-        done = subprocess.run(["git", "-C", str(CHECKOUT), *arguments], capture_output=True, timeout=30, check=True)
+        done = subprocess.run(["git", "-C", str(CHECKOUT), *arguments], capture_output=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout
+    return done.stdout if done.returncode == ends_with else None
 
 
 def _version(package: str) -> str | None:
@@ -141,13 +175,7 @@ def _lock() -> dict[str, Any]:
     if not LOCK_FILE.exists():
         return {"sha256": None}
     text = LOCK_FILE.read_text("utf-8")
-    pins = (line.split("==") for line in text.splitlines() if "==" in line and not line.startswith("#"))
-    differing = {
-        name: f"{_version(name)} installed, {pin.strip()} locked"
-        for name, pin in pins
-        if (_version(name) or "").split("+")[0] != pin.strip()
-    }
-    return {"sha256": hashlib.sha256(text.encode()).hexdigest(), "differing": differing}
+    return {"sha256": hashlib.sha256(text.encode()).hexdigest(), "differing": differing(text)}
 
 
 def _cpu_model() -> str:

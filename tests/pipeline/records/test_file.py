@@ -9,22 +9,22 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.records.file import LINE, RecordFile, split, write_atomically
+from pipeline.records.file import LINE, RecordFile, write_atomically
 from pipeline.records.schema import Facts, Status
 from pipeline.workspace import Workspace
 
 MARK = LINE.encode() + b"\n"
 ABOVE = {
     "plain": b"# Yours.\ndate: 2026-11-20\n\n\n",
-    "odd": "description:   'two  spaces'   # why   \n\n# 🚀 naïve\nobservations: [ 1,2 ,  3]\n\t\n".encode(),
+    "odd": "description:   'two  spaces'   # why   \n\n# 🚀 naïve\nobservations: [ 1,2 ,  3]\n \n".encode(),
     "crlf": b"date: 2026-11-20\r\ndescription: x\r\n",
     "bom": b"\xef\xbb\xbfdate: 2026-11-20\n",
     "no final newline": b"description: x",
     "no final newline, crlf": b"a: 1\r\ndescription: x",
     "other line breaks": "description: 'one\u2028two\x85three'\n".encode(),
     "a copy of the line in a text": b"notes: |\n  it says\n  " + MARK + b"  and so on\n",
-    "not utf-8": b"# \xff\xfe latin\xe9\n",
-    "empty": b"",
+    "tabs and emoji": "tags: [ 'a\tb' ,\t'🚀' ]   \n   # so\n".encode(),
+    "odd indentation": b"journal:\n     - learned:  x\n       date:    2026-11-20\n",
 }
 
 
@@ -42,7 +42,7 @@ def file(place: Workspace) -> RecordFile:
 
 
 def asides(file: RecordFile) -> list[bytes]:
-    return [path.read_bytes() for path in sorted(file.folder.glob("edited-below-*"))]
+    return [path.read_bytes() for path in sorted(file.folder.glob("edited-below-*.yaml"))]
 
 
 @pytest.mark.parametrize("above", ABOVE.values(), ids=ABOVE)
@@ -54,10 +54,75 @@ def test_above_the_line_stays_byte_for_byte(place: Workspace, above: bytes) -> N
     for status in statuses:
         file.write(facts(status))
         assert file.facts() == facts(status)
-    ending = b"" if above.endswith(b"\n") or not above else b"\n"  # the line needs one of its own
-    content = file.path.read_bytes()
-    assert content.startswith(above + ending + MARK)
-    assert split(content, "") == split(above + ending + MARK + (file.folder / "below.yaml").read_bytes(), "")
+    end = b"\r\n" if b"\r\n" in above else b"\n"
+    ending = b"" if above.endswith(b"\n") else end  # the line needs one of its own
+    below = (MARK + (file.folder / "below.yaml").read_bytes()).replace(b"\n", end)
+    assert file.path.read_bytes() == above + ending + below
+
+
+MID_EDIT = {
+    "an open bracket": (b"description: x\ntags: [a,\n", ":3:1: "),
+    "a doubled key": (b"description: x\ndescription: y\n", ":2:1: "),
+    "a tab for indentation": (b"journal:\n\t- learned: x\n", ":2:1: "),
+    "not UTF-8": (b"a: 1\nb: latin\xe9\n", ":2:9: is not UTF-8"),
+    "UTF-16": ("a: 1\n".encode("utf-16"), ":1:1: is UTF-16; try saving it as UTF-8"),
+    "a lone carriage return": (b"a: 1\n# note\rb: 2\n", ":2:7: a carriage return stands alone"),
+    "a list": (b"- a\n", ":1:1: a record is a mapping"),
+    "an alias bomb": (b"a: &a [x]\nb: [" + b"*a, " * 20 + b"]\n", ":2"),
+    "too deep": (b"a: " + b"[" * 100 + b"\n", ":1"),
+    "nothing": (b"", ": is empty above the line"),
+}
+
+
+@pytest.mark.parametrize(("above", "where"), MID_EDIT.values(), ids=MID_EDIT)
+def test_invalid_yaml_in_mid_edit_is_not_written_into_and_completed_later(
+    file: RecordFile, above: bytes, where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lower = file.path.read_bytes().partition(MARK)[2]
+    mid_edit = above + MARK + lower
+    file.path.write_bytes(mid_edit)
+    file.write(facts("failed"))
+    file.write(facts("cancelled"))
+    assert file.path.read_bytes() == mid_edit
+    assert f"note: {file.path}{where}" in capsys.readouterr().err
+    assert file.facts() == facts("cancelled")  # what the program knows is not lost
+    assert file.read().pending
+    assert not file.complete()
+    file.path.write_bytes(b"description: mended\n" + MARK + lower)
+    assert file.complete()
+    assert file.path.read_bytes().startswith(
+        b"description: mended\n" + MARK + b"schema_version: 1\nstatus: cancelled\n"
+    )
+    assert not file.read().pending
+    assert asides(file) == []
+
+
+def test_a_save_in_the_last_moment_before_the_write_is_not_lost(
+    file: RecordFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, saved = file.path.read_bytes(), []
+    fsync = os.fsync
+
+    def save_meanwhile(handle: int) -> None:  # the editor renames its version into place while ours goes to the disk
+        fsync(handle)
+        if not saved and MARK in Path(f"/proc/self/fd/{handle}").read_bytes():
+            saved.append(whole.replace(b"description: x", b"description: saved just now"))
+            file.path.with_suffix(".editor").write_bytes(saved[0])
+            os.rename(file.path.with_suffix(".editor"), file.path)
+
+    monkeypatch.setattr(os, "fsync", save_meanwhile)
+    file.write(facts("failed"))
+    assert saved
+    assert file.person() == {"description": "saved just now"}
+    assert file.facts() == facts("failed")
+
+
+def test_line_ends_changed_by_an_editor_are_no_edit(file: RecordFile, capsys: pytest.CaptureFixture[str]) -> None:
+    file.path.write_bytes(file.path.read_bytes().replace(b"\n", b"\r\n"))
+    assert file.facts() == facts()
+    file.write(facts("failed"))
+    assert b"\n" not in file.path.read_bytes().replace(b"\r\n", b"")  # one kind of line ends
+    assert (asides(file), capsys.readouterr().err) == ([], "")
 
 
 def test_what_an_editor_saves_between_two_writes_stays(file: RecordFile) -> None:
@@ -65,7 +130,8 @@ def test_what_an_editor_saves_between_two_writes_stays(file: RecordFile) -> None
     file.write(facts("running"))
     file.path.write_bytes(stale.replace(b"description: x", b"description: y\r\n# \xf0\x9f\x9a\x80"))  # saved there
     file.write(facts("failed"))
-    assert file.path.read_bytes().startswith(b"description: y\r\n# \xf0\x9f\x9a\x80\n" + MARK)
+    assert file.path.read_bytes().startswith(b"description: y\r\n# \xf0\x9f\x9a\x80\n" + MARK[:-1])
+    assert asides(file) == []  # the lower half that it saved with it was an earlier one of ours
     assert file.facts() == facts("failed")
     assert file.person() == {"description": "y"}
 
@@ -90,24 +156,74 @@ def test_an_edit_is_kept_aside_also_when_it_is_no_yaml(file: RecordFile) -> None
     assert [edit.endswith(b"results: {\n") for edit in asides(file)] == [True]
 
 
-def test_a_doubled_line_is_refused_at_the_second(file: RecordFile) -> None:
-    content = b"description: x\n" + MARK + file.path.read_bytes()
-    file.path.write_bytes(content)
-    for attempt in (file.facts, file.person, lambda: file.write(facts())):
-        with pytest.raises(
-            UserError, match=r"001\.yaml:4: the line that divides the record stands twice; try deleting one"
-        ):
-            attempt()
-        assert file.path.read_bytes() == content
+def test_a_doubled_line_is_taken_out_and_what_stands_between_stays_the_persons(file: RecordFile) -> None:
+    whole = file.path.read_bytes()
+    file.path.write_bytes(b"description: x\n" + MARK + b"notes: between\n" + whole.partition(b"\n")[2])
+    assert file.facts() == facts()
+    assert file.path.read_bytes() == whole.replace(b"description: x\n", b"description: x\nnotes: between\n")
+
+
+def test_a_doubled_lower_half_is_kept_aside_and_undone(file: RecordFile) -> None:
+    whole = file.path.read_bytes()
+    file.path.write_bytes(whole + MARK + whole.partition(MARK)[2])
+    assert file.facts() == facts()
+    assert file.path.read_bytes() == whole
+    assert len(asides(file)) == 1
+
+
+def test_a_doubled_line_over_an_edited_half_loses_nothing(file: RecordFile) -> None:
+    whole = file.path.read_bytes()
+    file.path.write_bytes(b"description: x\n" + MARK + b"notes: mine\n" + MARK + b"status: edited\n")
+    assert file.facts() == facts()
+    assert file.path.read_bytes() == whole
+    assert b"notes: mine\n" in asides(file)[0]
+
+
+def test_a_deleted_line_is_put_back(file: RecordFile) -> None:
+    whole = file.path.read_bytes()
+    file.path.write_bytes(whole.replace(MARK, b""))
+    assert file.facts() == facts()
+    assert file.path.read_bytes() == whole
 
 
 @pytest.mark.parametrize("left", [b"description: x\n", b"description: x\nstatus: complete\n"])
-def test_a_record_whose_line_was_deleted_is_no_plan(file: RecordFile, left: bytes) -> None:
+def test_a_record_whose_lower_half_was_deleted_gets_it_back(file: RecordFile, left: bytes) -> None:
     file.path.write_bytes(left)
-    with pytest.raises(UserError, match="the line that divides the record is gone; try adding # ───"):
-        file.facts()
-    file.path.write_bytes(left + MARK)
     assert file.facts() == facts()
+    assert file.path.read_bytes() == left + MARK + (file.folder / "below.yaml").read_bytes()
+
+
+def test_an_edit_below_the_line_shows_also_without_the_folder(file: RecordFile) -> None:
+    """As in another checkout, where there is no copy to put back: the seal tells."""
+    shutil.rmtree(file.folder)
+    assert file.read().edited is None
+    file.path.write_bytes(file.path.read_bytes().replace(b"status: complete", b"status: failed"))
+    assert file.read().edited == "was edited below the line, and no copy is at hand to put it back"
+
+
+def test_another_records_lower_half_is_an_edit(file: RecordFile, place: Workspace) -> None:
+    other = RecordFile(place.experiments / "EXP-2026-11-20-002.yaml")
+    other.path.write_bytes(b"description: y\n")
+    other.write(facts("failed"))
+    lower = other.path.read_bytes().partition(MARK)[2]
+    file.path.write_bytes(b"description: x\n" + MARK + lower)
+    assert file.facts() == facts("complete")
+    assert asides(file) == [lower]
+
+
+def test_reading_writes_nothing(file: RecordFile) -> None:
+    file.path.write_bytes(file.path.read_bytes().replace(b"status: complete", b"status: failed"))
+    before = {path: path.read_bytes() for path in file.path.parent.rglob("*") if path.is_file()}
+    read = file.read()
+    assert (read.facts, read.edited) == (facts(), "was edited below the line")
+    assert {path: path.read_bytes() for path in file.path.parent.rglob("*") if path.is_file()} == before
+
+
+def test_the_edit_is_kept_with_a_diff(file: RecordFile) -> None:
+    file.path.write_bytes(file.path.read_bytes().replace(b"status: complete", b"status: failed"))
+    file.facts()
+    (diff,) = file.folder.glob("edited-below-*.diff")
+    assert "\n-status: complete\n+status: failed\n" in diff.read_text()
 
 
 def test_a_record_is_read_without_its_folder(file: RecordFile) -> None:
@@ -117,7 +233,7 @@ def test_a_record_is_read_without_its_folder(file: RecordFile) -> None:
 
 
 @pytest.mark.parametrize(
-    ("above", "where"), [(b"a: 1\nb: [\n", ":3:1: "), (b"a: 1\na: 2\n", ":2:1: "), (b"- a\n", ":1: ")]
+    ("above", "where"), [(b"a: 1\nb: [\n", ":3:1: "), (b"a: 1\na: 2\n", ":2:1: "), (b"- a\n", ":1:1: ")]
 )
 def test_a_mistake_above_names_file_line_and_column(file: RecordFile, above: bytes, where: str) -> None:
     file.path.write_bytes(above)
@@ -159,7 +275,7 @@ def test_a_write_cut_short_is_not_taken_for_an_edit(
     with pytest.raises(KeyboardInterrupt):
         file.write(facts("failed"))
     monkeypatch.undo()
-    assert file.facts() == facts("failed" if file.path in done else "complete")
+    assert file.facts() == facts("failed" if done else "complete")  # the next version, once it lies there whole
     assert asides(file) == []
     file.write(facts("cancelled"))
     assert file.facts() == facts("cancelled")

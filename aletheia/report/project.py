@@ -1,0 +1,191 @@
+"""Everything that the report tells, read once: an `Entry` a record, newest first.
+
+Configuration, environment, curves and samples are kept of the newest `FULL` records; of the others what the index,
+the trends, the lineage and the roll-ups need. A record that cannot be read is an entry that says why.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from aletheia.summary import figures
+from pipeline.errors import UserError
+from pipeline.progress import track
+from pipeline.records import ids
+from pipeline.records.file import RecordFile
+from pipeline.records.lifecycle import liveness
+from pipeline.records.metrics import Metric, metrics
+from pipeline.records.schema import Facts
+from pipeline.workspace import Workspace
+
+FULL = 200  # records with a section of their own; more would make a page that no browser opens quickly
+_BULK: dict[str, Any] = {"configuration": {}, "data": {}, "code": {}, "environment": {}, "artifacts": []}
+
+
+@dataclass
+class Entry:
+    """A record. `facts` is None for a plan and for one whose lower half cannot be read; `whole`: nothing was left out."""
+
+    file: RecordFile
+    status: str
+    facts: Facts | None = None
+    person: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    figures: list[str] = field(default_factory=list)
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    whole: bool = True
+
+    @property
+    def id(self) -> str:
+        return self.file.id
+
+    @property
+    def kind(self) -> str:
+        """The status in one word: `running on host` is running."""
+        return self.status.split()[0]
+
+    @property
+    def stage(self) -> str:
+        if self.facts:
+            return self.facts.stage
+        stages = texts(self.person.get("stages"))
+        return "pipeline" if len(stages) > 1 else (stages or ["?"])[0]
+
+    @property
+    def profile(self) -> str:
+        return self.facts.profile if self.facts else text(self.person.get("profile")) or "?"
+
+    @property
+    def description(self) -> str:
+        return text(self.person.get("description"))
+
+    @property
+    def tags(self) -> list[str]:
+        return texts(self.person.get("tags"))
+
+    @property
+    def parent(self) -> str | None:
+        return self.facts.lineage.parent if self.facts else None
+
+    @property
+    def finding(self) -> str | None:
+        return self.facts.verdict.finding if self.facts and self.facts.verdict else None
+
+    @cached_property
+    def started(self) -> str:
+        """`2026-11-21 04:23`, UTC; the day alone where no run says more."""
+        with_time = self.facts.history[0].at if self.facts and self.facts.history else ""
+        try:
+            return datetime.fromisoformat(with_time).astimezone(UTC).strftime("%Y-%m-%d %H:%M")
+        except (ValueError, OverflowError):
+            return self.id[4:14]
+
+    @property
+    def seconds(self) -> float | None:
+        return _number(self.facts.resources.get("wall_seconds")) if self.facts else None
+
+    @property
+    def cost(self) -> tuple[float, str] | None:
+        """Amount and currency."""
+        cost = self.facts.resources.get("cost") if self.facts else None
+        amount = _number(cost.get("amount")) if isinstance(cost, dict) else None
+        return None if amount is None or cost is None else (amount, text(cost.get("currency")))
+
+
+@dataclass(frozen=True)
+class Project:
+    """`strangers`: YAML files in experiments/ that are named like no record, and so were not read."""
+
+    name: str
+    workspace: Workspace
+    written: str
+    entries: list[Entry]
+    strangers: list[str]
+
+    @cached_property
+    def by_id(self) -> dict[str, Entry]:
+        return {entry.id: entry for entry in self.entries}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Records by status, the most frequent first."""
+        return dict(Counter(entry.kind for entry in self.entries).most_common())
+
+    @property
+    def whole(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry.whole]
+
+    def grouped(self) -> list[tuple[Entry, int]]:
+        """Newest first, what a pipeline experiment ran below it in the order it ran; with the depth."""
+        children: dict[str, list[Entry]] = {}
+        for entry in reversed(self.entries):
+            children.setdefault(entry.parent if entry.parent in self.by_id else "", []).append(entry)  # type: ignore[arg-type]
+        placed: dict[str, tuple[Entry, int]] = {}
+        tops = children.get("", [])[::-1]
+        for top in [*tops, *self.entries]:  # the second time for records that name each other as parents
+            waiting = [(top, 0)]
+            while waiting:
+                entry, depth = waiting.pop()
+                if entry.id not in placed:
+                    placed[entry.id] = (entry, depth)
+                    waiting += [(child, depth + 1) for child in reversed(children.get(entry.id, []))]
+        return list(placed.values())
+
+
+def read_project(workspace: Workspace) -> Project:
+    paths = ids.newest_first(workspace)
+    entries = [
+        read_entry(workspace, path, whole=place < FULL)
+        for place, path in enumerate(track(paths, "reads records", "record"))
+    ]
+    others = {*workspace.experiments.glob("*.yaml"), *workspace.experiments.glob("*.yml")} - set(paths)
+    strangers = sorted(path.name for path in others if not path.name.startswith("."))
+    written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return Project(workspace.root.name, workspace, written, entries, strangers)
+
+
+def read_entry(workspace: Workspace, path: Path, whole: bool = True) -> Entry:
+    """Reads without writing: an edit below the line is shown here, and undone by what next runs."""
+    entry = Entry(RecordFile(path), "planned", whole=whole)
+    try:
+        reading = entry.file.read()
+    except UserError as error:
+        entry.status, entry.problems = "unreadable", [str(error)]
+        return entry
+    facts, entry.person = reading.facts, reading.person
+    if facts is not None:
+        entry.status, entry.figures, entry.metrics = liveness(facts), figures(facts), metrics(facts.results)
+        entry.facts = facts if whole else facts.model_copy(update=_BULK)
+    if reading.damage:
+        entry.status = "unreadable"
+        entry.problems.append(f"the part below the line: {reading.damage}")
+    if reading.mistake:
+        entry.problems.append(f"the part above the line: {reading.mistake}")
+    if reading.pending:
+        entry.problems.append("what the pipeline knows of it waits beside the file; `aletheia exp sync` completes it")
+    if entry.status == "dead":
+        entry.problems.append("its process is gone and did not say how it ended; `aletheia exp repair` closes it")
+    if reading.edited:
+        entry.problems.append(reading.edited)
+    for aside in sorted(entry.file.folder.glob("edited-below-*.yaml")):
+        entry.problems.append(f"was edited below the line; the edit was undone and is kept in {workspace.shown(aside)}")
+    return entry
+
+
+def text(value: Any) -> str:
+    """What stands where a text is expected, whatever it is."""
+    return "" if value is None else str(value)
+
+
+def texts(value: Any) -> list[str]:
+    """What stands where a list of texts is expected, whatever it is."""
+    items = value if isinstance(value, list) else [] if value is None else [value]
+    return [text(item) for item in items if item is not None]
+
+
+def _number(value: Any) -> float | None:
+    metric = metrics({"value": value}).get("value")
+    return metric.value if metric else None

@@ -1,0 +1,160 @@
+"""Success criteria: `METRIC OP NUMBER`, parsed and never evaluated as code, frozen at the start and judged at the end.
+
+    eval_loss < 5.5                   the figure's whole interval must lie below
+    eval_loss.delta.ci_high < 0       the same said of the interval's end
+    eval.eval_loss.delta < 0          in a pipeline experiment: a figure of its stage `eval`
+
+A figure with an interval supports a criterion when all of the interval fulfils it, refutes it when none does, and is
+inconclusive between; then `n_needed` is the number of rows at which the interval, narrowing as 1/√n around the same
+value, would no longer hold the number.
+"""
+
+import difflib
+import math
+import operator
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.errors import UserError
+from pipeline.records.metrics import Metric, metrics, resolve
+from pipeline.records.schema import Criterion, Finding, Judged, Verdict
+
+OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+}
+_FORM = re.compile(
+    r"\s*(?P<path>[A-Za-z_][\w./-]{0,200})\s*(?P<op><=|>=|==|<|>)\s*(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?)\s*"
+)
+
+
+@dataclass(frozen=True)
+class Parsed:
+    path: str
+    op: str
+    number: float
+
+    def holds(self, value: float) -> bool:
+        return OPERATORS[self.op](value, self.number)
+
+
+def parse(text: str, where: str = "") -> Parsed:
+    """Raises `UserError` for anything that is not METRIC OP NUMBER."""
+    match = _FORM.fullmatch(text)
+    if not match:
+        form = f"METRIC OP NUMBER with OP one of {' '.join(OPERATORS)}, such as `eval_loss.delta.ci_high < 0`"
+        raise UserError(f"`{text[:80]}` is no criterion", where=where, remedy=form)
+    return Parsed(match["path"].strip("."), match["op"], float(match["number"]))
+
+
+def read(values: Any, where: str = "") -> list[Criterion]:
+    """The person's `success_criteria`: lines of text, or mappings with criterion, role and min_n. Raises `UserError`."""
+    where = f"{where}: success_criteria" if where else "success_criteria"
+    if values is None:
+        return []
+    if not isinstance(values, list):
+        raise UserError("is no list", where=where)
+    criteria = []
+    for number, value in enumerate(values, 1):
+        place = f"{where}[{number}]"
+        try:
+            criterion = Criterion(criterion=value) if isinstance(value, str) else Criterion.model_validate(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise UserError(f"{key + ': ' if key else ''}{first['msg']}", where=place) from None
+        parse(criterion.criterion, place)
+        criteria.append(criterion)
+    return criteria
+
+
+def changes(frozen: Sequence[Criterion], now: Sequence[Criterion]) -> list[str]:
+    """What was changed above the line since the start, in words."""
+    then_texts, now_texts = ([_text(criterion) for criterion in side] for side in (frozen, now))
+    return [
+        *(f"taken out: {text}" for text in then_texts if text not in now_texts),
+        *(f"added: {text}" for text in now_texts if text not in then_texts),
+    ]
+
+
+def judge(verdict: Verdict, results: dict[str, Any]) -> Verdict:
+    """The verdict on the frozen criteria; refuted before not evaluable, before inconclusive, before supported."""
+    judged = [_judge(criterion, results) for criterion in verdict.criteria]
+    findings = {one.finding for one in judged}
+    order: tuple[Finding, ...] = ("refuted", "not evaluable", "inconclusive", "supported")
+    overall = next((finding for finding in order if finding in findings), None)
+    return verdict.model_copy(update={"judged": judged, "finding": overall})
+
+
+def _judge(criterion: Criterion, results: dict[str, Any]) -> Judged:
+    wanted = parse(criterion.criterion)
+    path, _, end = wanted.path.rpartition(".")
+    if end not in ("ci_low", "ci_high"):
+        path, end = wanted.path, ""
+    figure = resolve(results, path)
+
+    def found(finding: Finding, why: str, n_needed: int | None = None) -> Judged:
+        observed = figure.text() if figure else "nothing"
+        return Judged(**criterion.model_dump(), finding=finding, observed=observed, why=why, n_needed=n_needed)
+
+    if figure is None:
+        near = difflib.get_close_matches(path, metrics(results), 3, cutoff=0.4)
+        return found("not evaluable", f"there is no figure `{path}`{'; there is ' + ', '.join(near) if near else ''}")
+    if criterion.min_n is not None and (figure.n or 0) < criterion.min_n:
+        rows = "the number of rows behind it is not known" if figure.n is None else f"n is {figure.n}"
+        return found("inconclusive", f"{rows}, min_n asks for {criterion.min_n}", criterion.min_n)
+    if figure.ci_low is None or figure.ci_high is None:
+        if end:
+            return found("not evaluable", f"`{path}` has no interval")
+        if figure.n is not None:
+            return found("inconclusive", f"n = {figure.n} gives no interval")
+        holds = wanted.holds(figure.value)
+        return found("supported" if holds else "refuted", "a number without an interval, compared as it is")
+    if wanted.op == "==":
+        return found("not evaluable", "a figure with an interval equals no number; two criteria can bound it")
+    return _within_noise(wanted, end, figure, found)
+
+
+def _within_noise(wanted: Parsed, end: str, figure: Metric, found: Callable[..., Judged]) -> Judged:
+    assert figure.ci_low is not None and figure.ci_high is not None
+    below = wanted.op in ("<", "<=")
+    favourable, adverse = (figure.ci_low, figure.ci_high) if below else (figure.ci_high, figure.ci_low)
+    if end == ("ci_low" if below else "ci_high"):  # asks only that it be possible
+        holds = wanted.holds(favourable)
+        return found("supported" if holds else "refuted", "the interval's favourable end, compared as it is")
+    if wanted.holds(adverse):
+        return found("supported", f"the whole interval is {wanted.op} {wanted.number:g}")
+    if not wanted.holds(favourable):
+        return found("refuted", f"no part of the interval is {wanted.op} {wanted.number:g}")
+    needed = _n_needed(figure, wanted.number)
+    return found(
+        "inconclusive",
+        f"the interval holds {wanted.number:g}"
+        + (f"; about {needed} rows would decide it, were the value to stay" if needed else "; no n is known to decide it"),
+        needed,
+    )
+
+
+def _n_needed(figure: Metric, number: float) -> int | None:
+    """n·(half width towards the number / distance to it)²: intervals narrow as 1/√n."""
+    assert figure.ci_low is not None and figure.ci_high is not None
+    distance = abs(figure.value - number)
+    half = figure.ci_high - figure.value if number > figure.value else figure.value - figure.ci_low
+    if not figure.n or distance == 0:
+        return None
+    needed = figure.n * (half / distance) ** 2
+    return max(figure.n + 1, math.ceil(needed)) if needed < 1e12 else None
+
+
+def _text(criterion: Criterion) -> str:
+    wanted = parse(criterion.criterion)
+    extra = [criterion.role] if criterion.role != "primary" else []
+    extra += [f"min_n {criterion.min_n}"] if criterion.min_n is not None else []
+    return f"{wanted.path} {wanted.op} {wanted.number:g}" + (f" ({', '.join(extra)})" if extra else "")
