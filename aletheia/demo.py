@@ -7,147 +7,36 @@ content. The served model is asked through the openai client, and stopped as a p
 """
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from typing import Any
 
+from aletheia.exp.run import STAGES, Pipeline, open_pipeline
 from aletheia.summary import summary_table
-from eval.evaluate import Evaluate
 from pipeline import statistics
-from pipeline.dpo import Dpo
-from pipeline.errors import StageFailed
-from pipeline.merge import Merge
-from pipeline.profile import load_profile
 from pipeline.progress import say
-from pipeline.records.find import records
-from pipeline.records.lifecycle import Record, open_record
-from pipeline.sft import Sft
-from pipeline.snapshot import Snapshot
-from pipeline.stage import Job, persons_half, run_stage
+from pipeline.records import find
+from pipeline.records.file import RecordFile
+from pipeline.records.lifecycle import Record
+from pipeline.stage import Job
 
-STAGES = ["data", "sft", "dpo", "merge", "serve", "eval"]
-READY_WITHIN = 120.0  # seconds for the server
-QUESTION = "How do I find out why a PostgreSQL query is slow?"
+DESCRIPTION = "The demo: every stage once, and the control beside SFT."
 
 
 def run_demo(job: Job) -> Record:
-    with open_record(
-        job.workspace,
-        stage="pipeline",
-        profile=job.profile.id,
-        person=persons_half(job, STAGES) | {"description": "The demo: every stage once, and the control beside SFT."},
-        overrides=job.profile.overrides,
-        configuration=job.config.model_dump(mode="json"),
-        cost=job.config.cost,
-    ) as pipeline:
-        _Demo(job, pipeline).run()
+    with open_pipeline(job, STAGES, DESCRIPTION) as record:
+        pipeline = Pipeline(job, record)
+        pipeline.run("data")
+        sft = pipeline.run("sft")
+        control = pipeline.run("sft", ["sft_config.shuffle_answers=true"], control=True)
+        record.facts.results["control"] = _control(sft, control)
+        for stage in ("dpo", "merge", "serve", "eval"):
+            pipeline.run(stage)
     say("")
-    summary_table(_own_records(job, pipeline))
-    say(_closing(job, pipeline))
-    return pipeline
+    summary_table([(f.id, facts) for f, facts in find.children(job.workspace, record.id)] + [(record.id, record.facts)])
+    say(_closing(job, record))
+    return record
 
 
-class _Demo:
-    def __init__(self, job: Job, pipeline: Record) -> None:
-        self.job, self.pipeline = job, pipeline
-
-    def run(self) -> None:
-        self._stage(Snapshot)
-        sft = self._stage(Sft)
-        control = self._stage(Sft, overrides=["sft_config.shuffle_answers=true"])
-        self.pipeline.facts.results["control"] = _control(sft, control)
-        dpo = self._stage(Dpo, source=sft.id)
-        merge = self._stage(Merge, source=dpo.id)
-        self.pipeline.facts.results["served"] = self._serve(merge)
-        self._stage(Evaluate, source=merge.id)
-
-    def _stage(self, stage: Any, source: str | None = None, overrides: list[str] | None = None) -> Record:
-        say("")
-        profile = self.job.profile
-        if overrides:
-            profile = load_profile(
-                self.job.workspace, str(profile.path), [*_assignments(profile.overrides), *overrides]
-            )
-        job = Job(self.job.workspace, profile, source=source, parent=self.pipeline.id)
-        record = run_stage(stage, job)
-        self._adopt(record.id)
-        return record
-
-    def _adopt(self, record_id: str) -> None:
-        self.pipeline.facts.lineage.children.append(record_id)
-        self.pipeline.save()
-
-    def _serve(self, merge: Record) -> dict[str, Any]:
-        """Starts `aletheia serve` as a process of its own, talks to it, and ends it with SIGTERM."""
-        say("")
-        command = [sys.executable, "-m", "aletheia.cli", "serve", "--profile", str(self.job.profile.path)]
-        command += ["--from", merge.id, "--port", "0", "--parent", self.pipeline.id]
-        command += [word for text in _assignments(self.job.profile.overrides) for word in ("--set", text)]
-        server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        try:
-            record_id, results = self._address(server)
-            said = _talk(results["address"], results["model"])
-        finally:
-            server.send_signal(signal.SIGTERM)
-            try:
-                code = server.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                raise StageFailed("the server did not end within 30 s of SIGTERM") from None
-        if code != 0:
-            raise StageFailed(f"the server ended with exit code {code}")
-        self._adopt(record_id)
-        return said
-
-    def _address(self, server: "subprocess.Popen[bytes]") -> tuple[str, dict[str, Any]]:
-        """The address stands in the server's record as soon as it listens."""
-        import httpx
-
-        deadline = time.monotonic() + READY_WITHIN
-        while time.monotonic() < deadline:
-            if server.poll() is not None:
-                raise StageFailed(f"the server ended with exit code {server.returncode} before it was ready")
-            for file, facts in records(self.job.workspace):
-                if facts.lineage.parent == self.pipeline.id and facts.stage == "serve" and "address" in facts.results:
-                    try:
-                        if httpx.get(facts.results["address"].removesuffix("/v1") + "/health").status_code == 200:
-                            return file.id, facts.results
-                    except httpx.TransportError:
-                        pass
-            time.sleep(0.2)
-        raise StageFailed(f"the server was not ready within {READY_WITHIN:.0f} s")
-
-
-def _talk(address: str, model: str) -> dict[str, Any]:
-    """One question through the openai client, whole and streamed; a model that is not there."""
-    import openai
-
-    client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
-    ask: dict[str, Any] = {
-        "model": model,
-        "messages": [{"role": "user", "content": QUESTION}],
-        "max_tokens": 60,
-        "temperature": 0,
-    }
-    answer = client.chat.completions.create(**ask)
-    text = answer.choices[0].message.content or ""
-    chunks = client.chat.completions.create(**ask, stream=True)
-    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    if streamed != text:
-        raise StageFailed("the streamed greedy answer is not the whole one")
-    try:
-        client.chat.completions.create(**ask | {"model": "no-such-model"})
-    except openai.NotFoundError as error:
-        refusal = str(error.body["message"]) if isinstance(error.body, dict) else str(error)
-    else:
-        raise StageFailed("the server answered for a model it does not have")
-    say(f"asked: {QUESTION}\nit said: {text.strip()[:200]!r}\nunknown model: {refusal}")
-    return {"question": QUESTION, "answer": text, "streamed_equals_whole": True, "unknown_model": refusal}
-
-
-def _control(sft: Record, control: Record) -> dict[str, Any]:
+def _control(sft: RecordFile, control: RecordFile) -> dict[str, Any]:
     """SFT against its control on the same held-out rows: what is left is content."""
     rows = []
     for record in (control, sft):
@@ -184,13 +73,3 @@ def _closing(job: Job, pipeline: Record) -> str:
         f"         .venv/bin/aletheia exp list         all records\n"
         f"         cp configs/{job.profile.id}.yaml configs/mine.yaml, name your folder in it, make sft dpo merge PROFILE=mine\n"
     )
-
-
-def _own_records(job: Job, pipeline: Record) -> list[Any]:
-    order = [*pipeline.facts.lineage.children, pipeline.id]
-    known = {file.id: facts for file, facts in records(job.workspace)}
-    return [(i, known[i]) for i in order if i in known]
-
-
-def _assignments(overrides: dict[str, Any]) -> list[str]:
-    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items()]

@@ -51,6 +51,10 @@ class TrainingConfig(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="gradients are clipped to this norm")
     save_steps: Positive = Field(50, description="steps between checkpoints one can resume from")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about 0.7 × the speed")
+    evaluate_each_epoch: bool = Field(
+        True,
+        description="measure the held-out rows after every epoch, not only after the last: a forward pass over each",
+    )
 
 
 class SftConfig(LoraConfig, TrainingConfig):

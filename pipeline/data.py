@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pipeline.config import Validation
 from pipeline.errors import UserError
+from pipeline.records import items
 from pipeline.workspace import Workspace
 
 Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
@@ -178,8 +179,11 @@ def hashes(rows: Sequence[Row]) -> dict[str, str]:
 
 def describe(rows: Sequence[Row]) -> dict[str, Any]:
     """Count, hash over the content in any order, and domains, for a record."""
-    digest = hashlib.sha256("".join(sorted(map(row_hash, rows))).encode()).hexdigest()
-    return {"rows": len(rows), "sha256": digest, "domains": dict(sorted(Counter(r.domain for r in rows).items()))}
+    return {
+        "rows": len(rows),
+        "sha256": items.digest(map(row_hash, rows)),
+        "domains": dict(sorted(Counter(r.domain for r in rows).items())),
+    }
 
 
 def _read_file(workspace: Workspace, path: Path, kind: type[AnyRow]) -> list[AnyRow]:

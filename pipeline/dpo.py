@@ -9,9 +9,9 @@ ln 2, every margin is 0, and the reference is not the base. Writes `checkpoints/
 base, and the link `<name>-dpo`. (Rafailov et al. 2023, arXiv 2305.18290; the loss is trl's.)
 """
 
-import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -23,8 +23,9 @@ from pipeline.model import Base, check_trained_on, find_base
 from pipeline.progress import say
 from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Input
-from pipeline.sft import check_context, lora, same_base, same_data
 from pipeline.stage import Job, Source, steps_in_all, take
+from pipeline.statistics import Figure
+from pipeline.training_data import check_context, encoded
 
 EncodedPair = tuple[PreferencePair, tuple[Encoded, Encoded]]
 PAIRS_CHECKED = 8  # enough to show a wrong reference, cheap enough to run every time
@@ -70,7 +71,13 @@ class Dpo:
         from pipeline.private import PreparedDpoTrainer
 
         config, job = self.job.config.dpo_config, self.job
-        train_pairs, held_out = self._encoded(record)
+        train_pairs, held_out = encoded(
+            job, record, self.base, self.chat, self.rows, partial(heldout.encode_pair, self.chat), config.max_length
+        )
+        pad, batch = self.chat.tokenizer.pad_token_id, job.config.eval_config.batch_size
+
+        def margins(model: Any, what: str, pause: heldout.Pause = heldout.no_pause) -> list[float]:
+            return heldout.margins(model, [sides for _, sides in held_out], pad, batch, what, pause)
 
         policy = self._policy()
         start = {name: p.detach().float().clone() for name, p in policy.named_parameters() if p.requires_grad}
@@ -86,36 +93,15 @@ class Dpo:
                 parameter.data = start[name].to(parameter.device)
 
         record.facts.results = {"reference": self._check_reference(trainer, train_pairs)}
-        before = self._margins(trainer.model, held_out, "held-out margins before")
-        summary = training.train(trainer, record, job.resume)
-        after = self._margins(trainer.model, held_out, "held-out margins after")
+        before = margins(trainer.model, "held-out pairs before") if held_out else []
+        measure = heldout.Measure(margins, partial(_figures, before, config.beta)) if held_out else None
+        trained = [(pair.id, sum(chosen.mask) + sum(rejected.mask)) for pair, (chosen, rejected) in train_pairs]
+        summary, after = training.train(trainer, record, config, trained, measure, job.resume)
 
         record.facts.results["training"] = summary
         if held_out:
             record.facts.results |= self._preferences(record, held_out, before, after)
         training.keep_adapter(trainer.model, self.chat, record, f"{job.config.name}-dpo")
-
-    def _encoded(self, record: Record) -> tuple[list[EncodedPair], list[EncodedPair]]:
-        from pipeline import training
-
-        config, limits = self.job.config.dpo_config, self.job.config.training_data
-        train, held_out = data.split(self.rows, limits.validation)
-        facts = {"train": data.describe(train), "held_out": data.describe(held_out)}
-        same_data(self.job, record, facts)
-        record.facts.data = facts | {"contract": self.chat.contract.sha256}
-        record.facts.lineage.base = same_base(self.job, record, self.base)
-
-        def encode(pair: PreferencePair) -> tuple[Encoded, Encoded]:
-            return heldout.encode_pair(self.chat, pair)
-
-        def keep(pairs: list[PreferencePair]) -> list[EncodedPair]:
-            if not pairs:
-                return []
-            return training.usable(pairs, self.chat, config.max_length, encode, record, limits.max_reject_share)
-
-        encoded = keep(train), keep(held_out)
-        record.save()
-        return encoded
 
     def _policy(self) -> Any:
         """The SFT policy, its adapter trainable; or the base with a new one."""
@@ -124,6 +110,8 @@ class Dpo:
         model = self.base.load(quantized=True)
         if self.source is None:
             import torch
+
+            from pipeline.training import lora
 
             torch.manual_seed(self.job.config.seed)
             return get_peft_model(model, lora(self.job.config.sft_config))
@@ -170,22 +158,15 @@ class Dpo:
         if different or len(stored) != len(reference):
             raise StageFailed(f"the reference differs from the SFT adapter in {different[:3] or 'its keys'}", step=0)
 
-    def _margins(self, model: Any, pairs: list[EncodedPair], what: str) -> list[float]:
-        if not pairs:
-            return []
-        batch = self.job.config.eval_config.batch_size
-        return heldout.margins(model, [sides for _, sides in pairs], self.chat.tokenizer.pad_token_id, batch, what)
-
     def _preferences(
         self, record: Record, pairs: list[EncodedPair], before: list[float], after: list[float]
     ) -> dict[str, Any]:
         """Implicit-reward accuracy: the share of held-out pairs whose margin rose. Length alone stands beside it."""
-        accuracy = statistics.proportion(sum(a > b for b, a in zip(before, after, strict=True)), len(pairs))
+        accuracy = _accuracy(before, after)
         change = statistics.paired(before, after)
         shorter = sum(len(c.ids) < len(r.ids) for _, (c, r) in pairs)
         by_length = statistics.proportion(max(shorter, len(pairs) - shorter), len(pairs))
-        rows = [{"id": p.id, "before": b, "after": a} for (p, _), b, a in zip(pairs, before, after, strict=True)]
-        (record.folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        heldout.write(record.folder, [pair.id for pair, _ in pairs], before, after)
         shown = "above chance" if (accuracy.ci_low or 0) > 0.5 else "not shown to be above chance"
         say(f"held-out preference accuracy {accuracy.text()}, {shown}; length alone would score {by_length.value:.2f}")
         return {
@@ -193,6 +174,18 @@ class Dpo:
             | {"chance": 0.5, "length_alone": by_length.value},
             "margin": change.model_dump(exclude_none=True) | {"unit": "nats"},
         }
+
+
+def _figures(before: list[float], beta: float, after: list[float]) -> dict[str, Figure]:
+    """DPO's loss on held-out pairs, −log σ(β·(margin − margin before)), ln 2 at the start; and who is preferred."""
+    logits = [beta * (a - b) for b, a in zip(before, after, strict=True)]
+    losses = [max(-logit, 0.0) + math.log1p(math.exp(-abs(logit))) for logit in logits]  # as written, it overflows
+    return {"eval_loss": statistics.mean(losses), "eval_preference_accuracy": _accuracy(before, after)}
+
+
+def _accuracy(before: list[float], after: list[float]) -> Figure:
+    """The share of pairs whose margin rose."""
+    return statistics.proportion(sum(a > b for b, a in zip(before, after, strict=True)), len(after))
 
 
 def _dataset(pairs: list[EncodedPair]) -> Any:
@@ -207,5 +200,6 @@ def _dataset(pairs: list[EncodedPair]) -> Any:
             "prompt_ids": [chosen.ids[: chosen.mask.index(True)] for _, (chosen, _) in pairs],
             "chosen_ids": [completion(chosen) for _, (chosen, _) in pairs],
             "rejected_ids": [completion(rejected) for _, (_, rejected) in pairs],
+            "row": range(len(pairs)),
         }
     )

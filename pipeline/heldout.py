@@ -1,8 +1,10 @@
 """What a model makes of rows it was not trained on: one figure a row, so that differences can be paired."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.chat import Chat, Encoded
@@ -10,19 +12,19 @@ from pipeline.data import Conversation, PreferencePair
 from pipeline.progress import track
 from pipeline.statistics import Figure
 
-Pause = Callable[[], None]  # called between batches; what it raises ends the measurement
+Pause = Callable[[], None]  # called before each batch; what it raises ends the measurement
 
 
 @dataclass(frozen=True)
 class Measure:
     """How a training measures its held-out rows: one value a row, and the figures that they come to."""
 
-    values: Callable[[Any, str, Pause], list[float]]  # of the model, shown under this name
+    values: Callable[..., list[float]]  # (model, what is shown, pause)
     figures: Callable[[list[float]], dict[str, Figure]]
 
 
 def no_pause() -> None:
-    """Goes on."""
+    """Measures to the end."""
 
 
 def losses(
@@ -101,3 +103,9 @@ def encode_pair(chat: Chat, pair: PreferencePair) -> tuple[Encoded, Encoded]:
 
 def encode_conversations(chat: Chat, rows: Sequence[Conversation]) -> list[Encoded]:
     return [chat.conversation(row.messages) for row in rows]
+
+
+def write(folder: Path, ids: Sequence[str], before: Sequence[float], after: Sequence[float]) -> None:
+    """`heldout.jsonl`, a line a row."""
+    rows = [{"id": i, "before": b, "after": a} for i, b, a in zip(ids, before, after, strict=True)]
+    (folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")

@@ -8,6 +8,7 @@ Every mistake is one line with file, line, key and the nearest key that exists.
 """
 
 import difflib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,3 +180,8 @@ def _all_keys(model: Any = Config, prefix: str = "") -> Iterator[str]:
             yield from _all_keys(field.annotation, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
+
+
+def as_assignments(overrides: dict[str, Any]) -> list[str]:
+    """Overrides as `--set` takes them."""
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items()]

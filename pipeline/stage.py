@@ -4,7 +4,6 @@ A stage first prepares: it checks all that can be checked without a record, and 
 record is opened and it runs.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -13,10 +12,10 @@ from typing import Any, ClassVar, Protocol, Self
 
 from pipeline.config import DpoConfig, SftConfig
 from pipeline.errors import UserError
-from pipeline.profile import Profile, load_profile
+from pipeline.profile import Profile, as_assignments, load_profile
 from pipeline.progress import say
 from pipeline.quiet import quiet
-from pipeline.records import find
+from pipeline.records import criteria, find
 from pipeline.records.file import RecordFile
 from pipeline.records.lifecycle import Record, open_record
 from pipeline.records.schema import Facts, Input
@@ -38,6 +37,7 @@ class Job:
     criteria: tuple[str, ...] = ()  # METRIC OP NUMBER, above the line of the new record
     parts: tuple[str, ...] = ()  # of an evaluation; none named: all
     parent: str | None = None  # the pipeline experiment this is part of
+    record: RecordFile | None = None  # the planned record to fill in, or with `resume` the one to go on with
 
     @property
     def config(self) -> Any:
@@ -62,9 +62,13 @@ class Stage(Protocol):
 def run_stage(stage: type[Stage], job: Job) -> Record:
     """Prepares the stage, opens its record, runs it and closes the record."""
     quiet()
-    resumed = find.resumable(job.workspace, job.profile.id, stage.name) if job.resume else None
-    if resumed:
-        job = _as_begun(job, *resumed)
+    file = job.record
+    if job.resume:
+        file = file or find.resumable(job.workspace, job.profile.id, stage.name)[0]
+        facts = file.facts()
+        job = _as_begun(job, file, facts) if facts else job
+    for criterion in job.criteria:
+        criteria.parse(criterion, "--criterion")
     prepared = stage.prepare(job)
     with open_record(
         job.workspace,
@@ -76,7 +80,7 @@ def run_stage(stage: type[Stage], job: Job) -> Record:
         cost=job.config.cost,
         inputs=prepared.inputs,
         parent=job.parent,
-        resume=resumed[0] if resumed else None,
+        file=file,
     ) as record:
         prepared.run(record)
     return record
@@ -89,6 +93,7 @@ def persons_half(job: Job, stages: Sequence[str]) -> dict[str, Any]:
         "stages": list(stages),
         "description": job.description,
         "hypothesis": job.hypothesis,
+        "success_criteria": list(job.criteria),
         "overrides": job.profile.overrides,
         "observations": [],
         "conclusion": None,
@@ -123,10 +128,10 @@ def steps_in_all(config: SftConfig | DpoConfig, rows: int) -> int:
 def _as_begun(job: Job, file: RecordFile, facts: Facts) -> Job:
     """A resume takes up the overrides and the source it began with; anything else is another experiment, and refused."""
     if not job.profile.overrides:
-        assignments = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in facts.overrides.items()]
-        job = replace(job, profile=load_profile(job.workspace, str(job.profile.path), assignments))
-    now = _flat(job.config.model_dump(mode="json"))
-    for key, then in _flat(facts.configuration).items():
+        overrides = as_assignments(facts.overrides)
+        job = replace(job, profile=load_profile(job.workspace, str(job.profile.path), overrides))
+    now = flat(job.config.model_dump(mode="json"))
+    for key, then in flat(facts.configuration).items():
         if now.get(key) != then:
             raise UserError(
                 f"{key} is {now.get(key)!r}, the run to resume has {then!r}",
@@ -143,11 +148,12 @@ def _as_begun(job: Job, file: RecordFile, facts: Facts) -> Job:
     return replace(job, source=source)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones."""
+    dotted: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        dotted |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return dotted
 
 
 def dry_run(stage: type[Stage], job: Job) -> None:

@@ -1,31 +1,33 @@
-"""What SFT and DPO share: the trainer's arguments, what watches it, and how its state is kept.
+"""What SFT and DPO share: the trainer's arguments, its run under watch, and how its state is kept.
 
-The trainers are trl's. Around them: progress with ETA, a stop on Ctrl-C or SIGTERM at the next step with everything
-saved, a stop on a loss that is not finite, and checkpoints that are sealed once they are whole, so that a torn one is
-never resumed from.
+The trainers are trl's. Checkpoints are sealed once they are whole (`pipeline.watch`), so that a torn one is never resumed
+from. What a run leaves for its record: `log.jsonl`, a line a step and a validation, and its curves (`pipeline.curves`).
 """
 
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, TrainerCallback
+from peft import LoraConfig
+from transformers import PrinterCallback
 
+from pipeline import curves
 from pipeline.chat import Chat
 from pipeline.config import DpoConfig, SftConfig
-from pipeline.data import Message, Row
-from pipeline.errors import Interrupted, StageFailed, UserError
+from pipeline.errors import AletheiaError, Interrupted, StageFailed
+from pipeline.heldout import Measure
 from pipeline.model import Base
-from pipeline.progress import Progress, say
+from pipeline.progress import say
+from pipeline.records import items
 from pipeline.records.find import artifacts, link_newest, sha256
 from pipeline.records.lifecycle import Record
-from pipeline.stage import FEW_STEPS, Job
-
-SEAL = "sealed.json"
-LOG = "log.jsonl"
+from pipeline.records.schema import Visualization
+from pipeline.stage import Job
+from pipeline.step import Feed, StepFigures
+from pipeline.watch import LOG, SEAL, Watch
 
 
 def trainer_arguments(config: SftConfig | DpoConfig, job: Job, base: Base, output: Path) -> dict[str, Any]:
@@ -53,45 +55,83 @@ def trainer_arguments(config: SftConfig | DpoConfig, job: Job, base: Base, outpu
         "report_to": "none",
         "disable_tqdm": True,  # we show our own progress
         "dataloader_pin_memory": base.device == "cuda",
+        "remove_unused_columns": False,  # a row's number comes along, so that a step can name its rows
         "max_length": None,  # rows too long were rejected by name; nothing is cut
     }
 
 
-def train(trainer: Any, record: Record, resume: bool) -> dict[str, Any]:
-    """Runs the trainer to its end and returns what the record says of it.
+def train(
+    trainer: Any,
+    record: Record,
+    config: SftConfig | DpoConfig,
+    rows: Sequence[tuple[str, int]],
+    held_out: Measure | None,
+    resume: bool,
+) -> tuple[dict[str, Any], list[float]]:
+    """Runs the trainer to its end. Returns what the record says of it, and the held-out rows' values at the end.
 
-    Raises `Interrupted` when someone asked to stop (the state is saved) and `StageFailed` on a loss that is not finite.
+    `rows`: id and supervised tokens of each training row, in the dataset's order. Raises `Interrupted` when someone
+    asked to stop (the state is saved) and `StageFailed` on a loss that is not finite.
     """
     trainer.remove_callback(PrinterCallback)
-    watch = _Watch(record, trainer.args)
-    trainer.add_callback(watch)
     checkpoint = newest_sealed(Path(trainer.args.output_dir)) if resume else None
     if resume:
-        say(
-            f"goes on from {checkpoint.name}"
-            if checkpoint
-            else "no whole checkpoint was left: starts from the beginning"
-        )
+        whole = f"goes on from {checkpoint.name}" if checkpoint else None
+        say(whole or "no whole checkpoint was left: starts from the beginning")
         _forget_after(record.folder / LOG, int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
-    with record.stop.deferred("stopping after this step and saving"), watch:
-        outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if record.stop.requested and trainer.state.global_step < trainer.state.max_steps:
-        done = f"{trainer.state.global_step}/{trainer.state.max_steps}"
-        raise Interrupted(f"interrupted by {record.stop.requested} after step {done}; RESUME=1 goes on from there")
-    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
-    if not any(rates):
-        raise StageFailed(
-            f"nothing was learnt: the rate was 0 in all {trainer.state.global_step} steps, which were warm-up",
-            step=trainer.state.global_step,
-            remedy="more rows or epochs, or warmup_ratio=0.0",
-        )
-    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {
-        "steps": trainer.state.global_step,
-        "train_loss": {"first": round(logged[0], 4), "last": round(logged[-1], 4)},
+    trainer.data_collator = feed = Feed(trainer.data_collator)
+    earlier = [line.get("tokens") for line in items.read(record.folder / LOG) if "loss" in line]
+    tokens_before = [None if checkpoint else 0, *earlier][-1]
+    step = StepFigures(feed, [tokens for _, tokens in rows], tokens_before)
+    watch = Watch(record, step, [name for name, _ in rows], held_out, config.evaluate_each_epoch)
+    trainer.add_callback(step)
+    trainer.add_callback(watch)
+    try:
+        with record.stop.deferred("stopping after this step and saving"), watch:
+            outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        state = trainer.state
+        if record.stop.requested and state.global_step < state.max_steps:
+            done = f"{state.global_step}/{state.max_steps}"
+            raise Interrupted(f"interrupted by {record.stop.requested} after step {done}; RESUME=1 goes on from there")
+        if not any(entry.get("learning_rate") for entry in state.log_history):
+            raise StageFailed(
+                f"nothing was learnt: the rate was 0 in all {state.global_step} steps, which were warm-up",
+                step=state.global_step,
+                remedy="more rows or epochs, or warmup_ratio=0.0",
+            )
+        after = watch.validate(trainer.model, state)
+    finally:
+        _draw(record)
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    summary = {
+        "steps": state.global_step,
+        "train_loss": {"first": round(losses[0], 4), "last": round(losses[-1], 4)},
         "seconds": round(outcome.metrics["train_runtime"], 2),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     }
+    return summary | _best_and_latest(items.read(record.folder / LOG)), after
+
+
+def _best_and_latest(log: list[dict[str, Any]]) -> dict[str, Any]:
+    validations = [{key: line[key] for key in ("epoch", "step", "eval_loss")} for line in log if "eval_loss" in line]
+    finite = [validation for validation in validations if math.isfinite(validation["eval_loss"])]
+    return {"best": min(finite, key=lambda v: v["eval_loss"]), "latest": validations[-1]} if finite else {}
+
+
+def _draw(record: Record) -> None:
+    """Curves beside the record, of whatever was trained; one that cannot be drawn fails nothing."""
+    log = items.read(record.folder / LOG)
+    if sum("loss" in line for line in log) < 2:
+        return
+    try:
+        drawn = curves.draw(record.folder, log)
+    except AletheiaError:  # someone asked to stop
+        raise
+    except Exception as error:
+        say(f"note: the curves could not be drawn ({type(error).__name__}: {error})")
+    else:
+        shown = [Visualization(path=f"{record.id}/{name}", purpose=purpose) for name, purpose in drawn]
+        record.facts.visualizations = shown
 
 
 def newest_sealed(folder: Path) -> Path | None:
@@ -138,47 +178,15 @@ def keep_adapter(model: Any, chat: Chat, record: Record, link: str) -> Path:
     return link_newest(record.workspace, link, folder)
 
 
-def usable(
-    rows: Sequence[Any], chat: Chat, max_length: int, encode: Callable[[Any], Any], record: Record, max_share: float
-) -> list[tuple[Any, Any]]:
-    """Rows that can be trained, with their encoding. The others go to `rejects.jsonl`, each with place and reason.
-
-    Raises `UserError` when more than `max_share` are rejected, or all.
-    """
-    kept, rejects = [], []
-    for row in rows:
-        reserved = chat.reserved_in(_messages(row))
-        if reserved:
-            rejects.append((row, f"its text holds the special token {reserved}"))
-            continue
-        try:
-            encoded = encode(row)
-        except UserError as error:  # the template takes the others, not this one
-            rejects.append((row, error.what))
-            continue
-        longest = max(len(side.ids) for side in (encoded if isinstance(encoded, tuple) else (encoded,)))
-        if longest > max_length:
-            rejects.append((row, f"{longest} tokens, max_length is {max_length}"))
-        else:
-            kept.append((row, encoded))
-    path = record.folder / "rejects.jsonl"
-    if "rejected" not in record.facts.data:
-        path.unlink(missing_ok=True)  # what an interrupted run left: the rows are judged anew
-    if rejects:
-        lines = [json.dumps({"where": r.where, "id": r.id, "reason": why}, ensure_ascii=False) for r, why in rejects]
-        with path.open("a", encoding="utf-8") as out:
-            out.write("\n".join(lines) + "\n")
-        say(f"note: {len(rejects)} of {len(rows)} rows cannot be used, first {rejects[0][0].where}: {rejects[0][1]}")
-        say(f"      all of them, with reasons: {record.workspace.shown(path)}")
-    record.facts.data["rejected"] = record.facts.data.get("rejected", 0) + len(rejects)
-    if not kept or len(rejects) / len(rows) > max_share:
-        row, why = rejects[0]
-        raise UserError(
-            f"{len(rejects)} of {len(rows)} rows cannot be used, more than max_reject_share allows; the first: {why}",
-            where=row.where,
-            remedy="a larger max_length, shorter rows, or a larger training_data.max_reject_share",
-        )
-    return kept
+def lora(config: SftConfig) -> LoraConfig:
+    """peft's configuration of the adapter."""
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.target_modules,
+        task_type="CAUSAL_LM",
+    )
 
 
 def float32_adapter(model: Any) -> None:
@@ -186,58 +194,3 @@ def float32_adapter(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-
-
-def _messages(row: Row) -> list[Message]:
-    return [m for name in ("messages", "prompt", "chosen", "rejected") for m in getattr(row, name, [])]
-
-
-class _Watch(TrainerCallback):
-    """Sees every step: progress, the log, stop requests, finite losses, sealed checkpoints."""
-
-    def __init__(self, record: Record, arguments: Any) -> None:
-        self.record, self.arguments = record, arguments
-        self.progress: Progress | None = None
-
-    def __enter__(self) -> "_Watch":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self.progress:
-            self.progress.__exit__(*error)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.max_steps < FEW_STEPS:
-            say(
-                f"note: {state.max_steps} steps teach little (under {FEW_STEPS}): more rows or epochs, or a smaller batch"
-            )
-        self.progress = Progress(f"training {self.record.facts.stage}", state.max_steps, "step", done=state.global_step)
-        self.progress.__enter__()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        logs = logs or {}
-        with (self.record.folder / LOG).open("a", encoding="utf-8") as out:
-            out.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        for name in ("loss", "grad_norm"):
-            if name in logs and not math.isfinite(logs[name]):
-                raise StageFailed(
-                    f"{name} is {logs[name]} at step {state.global_step}",
-                    step=state.global_step,
-                    remedy="a lower learning_rate, or bf16 in place of fp16",
-                )
-        if self.progress and "loss" in logs:
-            self.progress.note = f"loss {logs['loss']:.3f}"
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.progress:
-            self.progress.advance(state.global_step)
-        if self.record.stop.requested:
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The seal is written last: a checkpoint without one, or whose files differ, is torn."""
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        files = [p for p in sorted(checkpoint.rglob("*")) if p.is_file() and p.name != SEAL]
-        seal = {str(p.relative_to(checkpoint)): sha256(p) for p in files}
-        (checkpoint / SEAL).write_text(json.dumps(seal, indent=1))

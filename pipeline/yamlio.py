@@ -6,8 +6,8 @@ strings that the reader would take for something else are quoted.
 """
 
 import re
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -19,6 +19,16 @@ MAX_ALIASES = 10  # so few cannot multiply into anything large
 _FLOAT = re.compile(
     r"^[-+]?(\d+\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d{1,3}[eE][-+]?\d{1,3}|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
 )
+
+
+_BASE_60 = re.compile(r"^[-+]?\d[\d_]*(:\d+)+$")
+_BASE_8 = re.compile(r"^[-+]?0[0-7_]+$")
+_COMMENT = re.compile(r"^[ \t]+#")
+_CLEARLY_MEANT = re.compile(
+    r"^([ \t]{2,}|\t)#+([ \t]|$)"
+)  # a comment as one writes it: two spaces off, one after the #
+
+KeyPath = tuple[str | int, ...]  # of keys and of places in lists
 
 
 class YamlError(ValueError):
@@ -83,10 +93,22 @@ _Dumper.add_representer(
 
 @dataclass(frozen=True)
 class Document:
-    """The parsed value, and the line of every key: `lines[("sft_config", "lora_rank")] == 12`."""
+    """The parsed value, and where every key stands: `lines[("sft_config", "lora_rank")] == 12`, and its column."""
 
     value: Any
-    lines: dict[tuple[str | int, ...], int]
+    lines: dict[KeyPath, int]
+    columns: dict[KeyPath, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Surprise:
+    """A plain scalar that YAML reads otherwise than its writer may have meant. `line` and `column` count from 1."""
+
+    path: KeyPath
+    line: int
+    column: int
+    what: str
+    remedy: str
 
 
 def load(text: str) -> Document:
@@ -99,9 +121,9 @@ def load(text: str) -> Document:
         try:
             node = loader.get_single_node()
             value = None if node is None else loader.construct_document(node)
-            lines: dict[tuple[str | int, ...], int] = {}
+            marks: dict[KeyPath, yaml.Mark] = {}
             if node is not None:
-                _collect_lines(node, (), lines)
+                _collect_marks(node, (), marks)
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
@@ -114,7 +136,20 @@ def load(text: str) -> Document:
         raise YamlError("an alias refers to what it stands in", 1) from None
     except ValueError as error:
         raise error if isinstance(error, YamlError) else YamlError(str(error), 1) from None
-    return Document(value, lines)
+    lines = {path: mark.line + 1 for path, mark in marks.items()}
+    return Document(value, lines, {path: mark.column + 1 for path, mark in marks.items()})
+
+
+def surprises(text: str) -> list[Surprise]:
+    """Of a text that `load` accepts: `fix #12`, which ends before the #; `12:30:00` and `0123`, which become numbers."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+    finally:
+        loader.dispose()
+    lines = text.splitlines()
+    found = {} if node is None else {n.start_mark.index: _surprise(path, n, lines) for path, n in _plain(node, ())}
+    return [surprise for _, surprise in sorted(found.items()) if surprise]
 
 
 def _refuse_bombs(text: str) -> None:
@@ -131,16 +166,43 @@ def _refuse_bombs(text: str) -> None:
             raise YamlError("nested too deeply or too many aliases", mark.line + 1 if mark else 1)
 
 
-def _collect_lines(node: yaml.Node, at: tuple[str | int, ...], lines: dict[tuple[str | int, ...], int]) -> None:
+def _collect_marks(node: yaml.Node, at: KeyPath, marks: dict[KeyPath, yaml.Mark]) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, child in node.value:
             path = (*at, key.value)
-            lines[path] = key.start_mark.line + 1
-            _collect_lines(child, path, lines)
+            marks[path] = key.start_mark
+            _collect_marks(child, path, marks)
     elif isinstance(node, yaml.SequenceNode):
         for index, child in enumerate(node.value):
-            lines[(*at, index)] = child.start_mark.line + 1
-            _collect_lines(child, (*at, index), lines)
+            marks[(*at, index)] = child.start_mark
+            _collect_marks(child, (*at, index), marks)
+
+
+def _plain(node: yaml.Node, at: KeyPath) -> Iterator[tuple[KeyPath, yaml.ScalarNode]]:
+    """Every value that is written without quotes."""
+    if isinstance(node, yaml.MappingNode):
+        for key, child in node.value:
+            yield from _plain(child, (*at, key.value if isinstance(key, yaml.ScalarNode) else "?"))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, child in enumerate(node.value):
+            yield from _plain(child, (*at, index))
+    elif isinstance(node, yaml.ScalarNode) and not node.style:
+        yield at, node
+
+
+def _surprise(path: KeyPath, node: yaml.ScalarNode, lines: list[str]) -> Surprise | None:
+    kind, value, end = node.tag.rpartition(":")[2], node.value, node.end_mark
+    place = (path, node.start_mark.line + 1, node.start_mark.column + 1)
+    if kind == "int" and (_BASE_60.match(value) or _BASE_8.match(value)):
+        base = "base 60" if ":" in value else "base 8"
+        return Surprise(*place, f"`{value}` is read as the number {load(value).value}, in {base}", f'"{value}"')
+    rest = lines[end.line][end.column :] if end.line < len(lines) else ""
+    if kind not in ("str", "null") or not _COMMENT.match(rest) or _CLEARLY_MEANT.match(rest):
+        return None
+    if kind == "null" and rest.lstrip().startswith("# "):  # `hypothesis: # what you expect`
+        return None
+    told = f"`{rest.strip()[:40]}` is a comment to YAML and no part of it"
+    return Surprise(*place, told, "quotes around the whole, or two spaces before the # of a comment")
 
 
 def dump(value: Any) -> str:

@@ -183,9 +183,12 @@ def _noted(person: dict[str, Any]) -> Section:
 
 
 def _ticked(step: Any) -> str:
-    text = _entry(step)
-    mark = _TICK.match(text)
-    return f"[{mark[1] if mark else ' '}] {_TICK.sub('', text)}"
+    """Done or not, the step, and the plan that it became; as a mapping or as text with a box."""
+    if isinstance(step, dict):
+        plan = f" → {short(step['promoted_to'])}" if step.get("promoted_to") else ""
+        return f"[{'x' if step.get('done') else ' '}] {short(step.get('step'))}{plan}"
+    mark = _TICK.match(str(step))
+    return f"[{mark[1].lower() if mark else ' '}] {_TICK.sub('', str(step))}"
 
 
 def _entry(value: Any) -> str:

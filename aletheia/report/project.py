@@ -109,6 +109,11 @@ class Project:
     def by_id(self) -> dict[str, Entry]:
         return {entry.id: entry for entry in self.entries}
 
+    @cached_property
+    def age(self) -> dict[str, int]:
+        """0 is the newest."""
+        return {entry.id: place for place, entry in enumerate(self.entries)}
+
     @property
     def counts(self) -> dict[str, int]:
         """Records by status, the most frequent first."""

@@ -137,7 +137,11 @@ def _within_noise(wanted: Parsed, end: str, figure: Metric, found: Callable[...,
     return found(
         "inconclusive",
         f"the interval holds {wanted.number:g}"
-        + (f"; about {needed} rows would decide it, were the value to stay" if needed else "; no n is known to decide it"),
+        + (
+            f"; about {needed} rows would decide it, were the value to stay"
+            if needed
+            else "; no n is known to decide it"
+        ),
         needed,
     )
 

@@ -3,12 +3,13 @@
 import difflib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.records import ids
+from pipeline.records import ids, index
 from pipeline.records.file import RecordFile
 from pipeline.records.lifecycle import liveness
 from pipeline.records.schema import Artifact, Facts, Input
@@ -17,15 +18,23 @@ from pipeline.workspace import Workspace
 BLOCK = 1 << 20
 
 
-def records(workspace: Workspace) -> Iterator[tuple[RecordFile, Facts]]:
-    """Every record that has run, newest first. One that cannot be read is passed over here, and shown by `exp list`."""
-    for path in ids.newest_first(workspace):
-        file = RecordFile(path)
+def records(
+    workspace: Workspace, keep: Callable[[Facts], bool] = lambda facts: True
+) -> Iterator[tuple[RecordFile, Facts]]:
+    """Every record that has run and that `keep` accepts, newest first.
+
+    `keep` is first asked of what the index knows, without the bulk: status, stage, profile, lineage, results. One that
+    cannot be read is passed over here, and shown by `exp list`.
+    """
+    for entry in index.entries(workspace):
+        if entry.facts is None or not keep(entry.facts):
+            continue
+        file = RecordFile(workspace.experiments / f"{entry.id}.yaml")
         try:
             facts = file.facts()
         except UserError:
             continue
-        if facts is not None:
+        if facts is not None and keep(facts):
             yield file, facts
 
 
@@ -56,10 +65,9 @@ def source(workspace: Workspace, profile: str, stages: list[str], wanted: str | 
         if facts.status != "complete":
             raise UserError(f"is {liveness(facts)}, not complete", where=workspace.shown(file.path))
         return file, facts
-    found = [(f, r) for f, r in records(workspace) if r.profile == profile and r.status == "complete"]
     for stage in stages:
-        for file, facts in found:
-            if facts.stage == stage and not _is_control(workspace, facts):
+        for file, facts in records(workspace, partial(_usable, profile=profile, stages=[stage])):
+            if not _is_control(workspace, facts):
                 return file, facts
     what = " or ".join(stages)
     raise UserError(
@@ -69,27 +77,28 @@ def source(workspace: Workspace, profile: str, stages: list[str], wanted: str | 
 
 def latest_first(workspace: Workspace, profile: str, stages: list[str]) -> list[str]:
     """`stages`, the one with the newest complete record first: an SFT made after a DPO is what its maker now means."""
-    for _, facts in records(workspace):
-        usable = facts.profile == profile and facts.status == "complete" and facts.stage in stages
-        if usable and not _is_control(workspace, facts):
+    for _, facts in records(workspace, partial(_usable, profile=profile, stages=stages)):
+        if not _is_control(workspace, facts):
             return [facts.stage, *(stage for stage in stages if stage != facts.stage)]
     return stages
 
 
 def resumable(workspace: Workspace, profile: str, stage: str) -> tuple[RecordFile, Facts]:
     """The newest record of this stage and profile, if it did not finish and its process is gone."""
-    for file, facts in records(workspace):
-        if facts.profile == profile and facts.stage == stage:
-            state = liveness(facts)
-            if state in ("cancelled", "failed", "dead"):
-                return file, facts
-            remedy = (
-                f"make {stage} PROFILE={profile}, without RESUME" if state == "complete" else "waiting for it to end"
-            )
-            raise UserError(f"nothing to resume: it is {state}", where=workspace.shown(file.path), remedy=remedy)
+    for file, facts in records(workspace, lambda known: known.profile == profile and known.stage == stage):
+        state = liveness(facts)
+        if state in ("cancelled", "failed", "dead"):
+            return file, facts
+        remedy = f"make {stage} PROFILE={profile}, without RESUME" if state == "complete" else "waiting for it to end"
+        raise UserError(f"nothing to resume: it is {state}", where=workspace.shown(file.path), remedy=remedy)
     raise UserError(
         f"nothing to resume: no {stage} record of profile `{profile}`", remedy=f"make {stage} PROFILE={profile}"
     )
+
+
+def children(workspace: Workspace, parent: str) -> list[tuple[RecordFile, Facts]]:
+    """The records of a pipeline experiment's stages, oldest first."""
+    return list(records(workspace, lambda facts: facts.lineage.parent == parent))[::-1]
 
 
 def ancestor(workspace: Workspace, file: RecordFile, facts: Facts, stage: str) -> tuple[RecordFile, Facts] | None:
@@ -121,8 +130,12 @@ def checked_output(workspace: Workspace, file: RecordFile, facts: Facts, folder:
             raise UserError(
                 f"its artifact {artifact.path} was changed since", where=name, remedy=f"make {facts.stage} again"
             )
-    combined = hashlib.sha256("".join(a.sha256 for a in facts.artifacts).encode()).hexdigest()
-    return output, Input(id=file.id, stage=facts.stage, path=workspace.shown(output), sha256=combined)
+    return output, Input(id=file.id, stage=facts.stage, path=workspace.shown(output), sha256=combined(facts.artifacts))
+
+
+def combined(artifacts: Sequence[Artifact]) -> str:
+    """One hash over an output's files."""
+    return hashlib.sha256("".join(artifact.sha256 for artifact in artifacts).encode()).hexdigest()
 
 
 def artifacts(workspace: Workspace, folder: Path) -> list[Artifact]:
@@ -154,9 +167,13 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _usable(facts: Facts, profile: str, stages: list[str]) -> bool:
+    return facts.profile == profile and facts.status == "complete" and facts.stage in stages
+
+
 def _is_control(workspace: Workspace, facts: Facts) -> bool:
     """Whether it was trained on shuffled answers, or builds on a record that was."""
-    if facts.configuration.get("sft_config", {}).get("shuffle_answers"):
+    if index.shuffled(facts):
         return True
     for taken in facts.lineage.inputs:
         with suppress(UserError):  # a record that is gone tells nothing

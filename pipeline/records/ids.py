@@ -3,12 +3,14 @@
 import os
 import re
 import tempfile
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
 from pipeline.workspace import Workspace
 
+ALLOCATED = ".allocated"  # beside the records, not committed
 ID = re.compile(r"^EXP-\d{4}-\d{2}-\d{2}-(\d{3,})$")
 
 
@@ -16,10 +18,13 @@ class Render(Protocol):
     def __call__(self, experiment_id: str, date: str) -> bytes: ...
 
 
-def allocate(workspace: Workspace, render: Render) -> Path:
-    """Creates `experiments/EXP-….yaml` holding `render(id, date)` and returns its path. Numbers pass 999."""
+def allocate(workspace: Workspace, render: Render, date: str | None = None) -> Path:
+    """Creates `experiments/EXP-….yaml` holding `render(id, date)` and returns its path. Numbers pass 999.
+
+    `date`: another day's than today's (UTC), for what is taken in or renumbered.
+    """
     workspace.experiments.mkdir(parents=True, exist_ok=True)
-    date = datetime.now(UTC).strftime("%Y-%m-%d")
+    date = date or datetime.now(UTC).strftime("%Y-%m-%d")
     number = _highest(workspace, date) + 1
     while True:
         experiment_id = f"EXP-{date}-{number:03d}"
@@ -30,6 +35,7 @@ def allocate(workspace: Workspace, render: Render) -> Path:
                 out.write(render(experiment_id, date))
             os.chmod(complete, 0o644)
             os.link(complete, target)
+            _remember(workspace, experiment_id)
             return target
         except FileExistsError:
             number += 1
@@ -37,15 +43,19 @@ def allocate(workspace: Workspace, render: Render) -> Path:
             os.unlink(complete)
 
 
+def _remember(workspace: Workspace, experiment_id: str) -> None:
+    """Ids outlive their records here: one that was deleted is not given out again."""
+    with (workspace.experiments / ALLOCATED).open("a") as out:
+        out.write(f"{experiment_id}\n")
+
+
 def _highest(workspace: Workspace, date: str) -> int:
-    """Also counts folders that outlived their record: an id is never used twice."""
-    numbers = [0]
-    for folder in (workspace.experiments, workspace.checkpoints):
-        for path in folder.glob(f"EXP-{date}-*"):
-            match = ID.match(path.name.removesuffix(".yaml"))
-            if match:
-                numbers.append(int(match[1]))
-    return max(numbers)
+    """Also counts folders that outlived their record, and records that were deleted: an id is never used twice."""
+    names = [path.name for folder in (workspace.experiments, workspace.checkpoints) for path in folder.glob("EXP-*")]
+    with suppress(OSError):
+        names += (workspace.experiments / ALLOCATED).read_text("utf-8", "replace").splitlines()
+    matches = (ID.match(name.removesuffix(".yaml")) for name in names if name.startswith(f"EXP-{date}-"))
+    return max((int(match[1]) for match in matches if match), default=0)
 
 
 def newest_first(workspace: Workspace) -> list[Path]:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from pipeline import yamlio
 from pipeline.errors import UserError
 from pipeline.progress import track
-from pipeline.records import ids
+from pipeline.records import file, ids, schema
 from pipeline.records.file import Reading, RecordFile
 from pipeline.records.schema import Facts
 from pipeline.workspace import Workspace
@@ -30,11 +30,13 @@ from pipeline.workspace import Workspace
 SETTLED = 2.0  # seconds; a file younger than this may change once more within one tick of a coarse clock
 BUSY = 1.0  # seconds to wait for another process's write, which takes milliseconds
 BULKY = ("overrides", "data", "visualizations", "artifacts", "code", "environment", "external")
-BATCH = 500  # rows a write; with more records than this to read, progress is shown
+MANY = 500  # records, about a second's reading: with more, progress is shown
+
+Rows = dict[str, tuple[str, str]]  # by a record's file name: its stamp, and its entry as JSON
 
 
 class Entry(BaseModel):
-    """One record without what is bulky. What could not be read is told in `errors`; the rest is there."""
+    """One record without what is bulky. What could not be read is told in `problems`; the rest is there."""
 
     model_config = ConfigDict(ser_json_inf_nan="constants")
 
@@ -45,7 +47,7 @@ class Entry(BaseModel):
     description: str | None = None
     tags: list[str] = []
     facts: Facts | None = None  # None: a plan, or unreadable
-    errors: list[str] = []
+    problems: list[str] = []
 
     @property
     def stage(self) -> str:
@@ -58,7 +60,7 @@ class Entry(BaseModel):
         """As written; whether a running one truly runs, `lifecycle.liveness` tells."""
         if self.facts:
             return self.facts.status
-        return "unreadable" if self.errors else "planned"
+        return "unreadable" if self.problems else "planned"
 
 
 def entries(workspace: Workspace) -> list[Entry]:
@@ -67,29 +69,31 @@ def entries(workspace: Workspace) -> list[Entry]:
     paths = ids.newest_first(workspace)
     if not paths:
         return []
-    stamps = {path.name: _stamp(path, now) for path in paths}
+    stamps = {path.name: stamp for path in paths if (stamp := _stamp(path, now))}
     store = workspace.experiments / ".index.sqlite"
-    rows = _load(store)
-    found = {}
-    for name, (stamp, text) in rows.items():
-        with suppress(ValueError):
-            if stamp == stamps.get(name):
-                found[name] = Entry.model_validate_json(text)
-    changes: dict[str, tuple[str, str]] = {}
-    vanished = rows.keys() - stamps.keys()
+    rows, found = _load(store), {}
+    for name, stamp in stamps.items():
+        known, text = rows.get(name, (None, ""))
+        if known == stamp and (entry := _parse(text)) and f"{entry.id}.yaml" == name:
+            found[name] = entry
     unread = [path for path in paths if path.name not in found]
-    for path in track(unread, "reads records", "record") if len(unread) > BATCH else unread:
-        text, lasting = _read(workspace, path)
-        found[path.name] = Entry.model_validate_json(text)  # as it will come from the cache
-        stamp = stamps[path.name]
-        if stamp and lasting:
-            changes[path.name] = stamp, text
-        if len(changes) == BATCH:  # an interrupted reading is not begun all over again
-            _save(store, changes, ())
-            changes = {}
-    if changes or vanished:
-        _save(store, changes, vanished)
+    changes: Rows = {}
+    vanished = rows.keys() - {path.name for path in paths}
+    try:
+        for path in track(unread, "reads records", "record") if len(unread) > MANY else unread:
+            found[path.name], text = _read(workspace, path)
+            if text and path.name in stamps:
+                changes[path.name] = stamps[path.name], text
+    finally:  # what an interrupted reading has read is kept
+        if changes or vanished:
+            _save(store, changes, vanished)
     return [found[path.name] for path in paths]
+
+
+def shuffled(facts: Facts) -> bool:
+    """Whether it is a control: trained on answers that were shuffled between the questions."""
+    sft = facts.configuration.get("sft_config")
+    return isinstance(sft, dict) and bool(sft.get("shuffle_answers"))
 
 
 def _stamp(path: Path, now: float) -> str | None:
@@ -103,38 +107,38 @@ def _stamp(path: Path, now: float) -> str | None:
     return f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
 
 
-def _read(workspace: Workspace, path: Path) -> tuple[str, bool]:
-    """An entry as JSON, and whether it holds for as long as the file is the same."""
-    file = RecordFile(path)
+def _read(workspace: Workspace, path: Path) -> tuple[Entry, str | None]:
+    """The entry, and as JSON if it holds for as long as the file is the same."""
     try:
-        reading = file.read()
+        reading = RecordFile(path).read()
     except UserError as error:
         reading = Reading({}, None, damage=error)
-    person, where = reading.person, workspace.shown(path)
+    person, facts = reading.person, reading.facts
     mistakes = [str(mistake) for mistake in (reading.mistake, reading.damage) if mistake]
-    edited = [f"{where}: {reading.edited}"] if reading.edited else []
+    edited = [f"{path}: {reading.edited}"] if reading.edited else []
     entry = Entry(
-        id=file.id,
-        date=_date(person.get("date")) or file.id[4:14],
+        id=path.stem,
+        date=_date(person.get("date")) or path.stem[4:14],
         stages=_words(person.get("stages")),
-        profile=" ".join(_words(person.get("profile"))) or None,
+        profile=facts.profile if facts else " ".join(_words(person.get("profile"))) or None,
         description=" ".join(_words(person.get("description"))) or None,
         tags=_words(person.get("tags")),
-        facts=reading.facts and _without_bulk(reading.facts),
-        errors=[mistake.removeprefix(f"{workspace.root}/") for mistake in mistakes] + edited,
+        facts=_without_bulk(facts) if facts else None,
+        problems=[problem.removeprefix(f"{workspace.root}/") for problem in mistakes + edited],
     )
     try:
-        return entry.model_dump_json(), not (mistakes or reading.pending)
-    except ValueError as error:  # bytes, which YAML has and JSON has not
-        broken = Entry(id=entry.id, date=entry.date, errors=[f"{where}: {error}"])
-        return broken.model_dump_json(), False
+        text = entry.model_dump_json()
+    except ValueError:  # bytes, which YAML has and JSON has not
+        return entry, None
+    lasting = not mistakes and not reading.pending  # those may change with what lies beside the file
+    return Entry.model_validate_json(
+        text
+    ), text if lasting else None  # the same as it will be when it comes from the cache
 
 
 def _without_bulk(facts: Facts) -> Facts:
-    sft = facts.configuration.get("sft_config")
-    control = isinstance(sft, dict) and bool(sft.get("shuffle_answers"))
-    small = {"configuration": {"sft_config": {"shuffle_answers": control}}, "history": facts.history[-1:]}
-    return facts.model_copy(update=small | {key: type(getattr(facts, key))() for key in BULKY})
+    kept = {"configuration": {"sft_config": {"shuffle_answers": shuffled(facts)}}, "history": facts.history[-1:]}
+    return facts.model_copy(update=kept | {block: type(getattr(facts, block))() for block in BULKY})
 
 
 def _date(value: Any) -> str | None:
@@ -156,8 +160,15 @@ def _words(value: Any) -> list[str]:
 @cache
 def _table() -> str:
     """Its name changes with the code that reads records: rows which other code has written are never met."""
-    code = [Path(__file__), *(Path(__file__).with_name(name) for name in ("file.py", "schema.py")), Path(yamlio.__file__)]
-    return f"entries_{zlib.crc32(b''.join(path.read_bytes() for path in code)):08x}"
+    sources = (__file__, file.__file__, schema.__file__, yamlio.__file__)
+    return f"entries_{zlib.crc32(b''.join(Path(source).read_bytes() for source in sources)):08x}"
+
+
+def _parse(text: str) -> Entry | None:
+    try:
+        return Entry.model_validate_json(text)
+    except ValueError:
+        return None
 
 
 def _open(path: Path) -> sqlite3.Connection:
@@ -177,8 +188,8 @@ def _open(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _load(path: Path) -> dict[str, tuple[str, str]]:
-    """Stamp and entry by the record's file name. What is no cache is removed, and made anew by the next write."""
+def _load(path: Path) -> Rows:
+    """What is no cache is removed, and made anew by the next write."""
     try:
         with closing(_open(path)) as connection:
             rows = connection.execute(f"SELECT name, stamp, entry FROM {_table()}")
@@ -192,7 +203,7 @@ def _load(path: Path) -> dict[str, tuple[str, str]]:
         return {}
 
 
-def _save(path: Path, changes: dict[str, tuple[str, str]], vanished: Iterable[str]) -> None:
+def _save(path: Path, changes: Rows, vanished: Iterable[str]) -> None:
     rows = [(name, stamp, entry) for name, (stamp, entry) in changes.items()]
     with suppress(sqlite3.Error), closing(_open(path)) as connection, connection:
         connection.executemany(f"REPLACE INTO {_table()} VALUES (?, ?, ?)", rows)

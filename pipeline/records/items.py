@@ -8,6 +8,7 @@
 Figures of two records are paired by these ids. A line that is torn or no object is passed over, aloud.
 """
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -25,7 +26,7 @@ def write_rows(folder: Path, parts: Mapping[str, Mapping[str, str]]) -> None:
     """`parts`: the rows' hashes by id, by the part's name in the record's `data` (`train`, `sft.held_out`)."""
     _write(
         folder / ROWS,
-        ({"part": p, "id": i, "sha256": digest} for p, rows in parts.items() for i, digest in rows.items()),
+        ({"part": part, "id": i, "sha256": sha256} for part, found in parts.items() for i, sha256 in found.items()),
     )
 
 
@@ -43,10 +44,15 @@ def rows(folder: Path) -> dict[str, dict[str, str]]:
     """Hashes by id, by part; empty where the record is older than `rows.jsonl`."""
     found: dict[str, dict[str, str]] = defaultdict(dict)
     for line in read(folder / ROWS):
-        part, item, digest = (line.get(key) for key in ("part", "id", "sha256"))
-        if isinstance(part, str) and isinstance(item, str) and isinstance(digest, str):
-            found[part][item] = digest
+        part, item, sha256 = (line.get(key) for key in ("part", "id", "sha256"))
+        if isinstance(part, str) and isinstance(item, str) and isinstance(sha256, str):
+            found[part][item] = sha256
     return dict(found)
+
+
+def digest(hashes: Iterable[str]) -> str:
+    """One hash for a set of rows, whatever their order."""
+    return hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()
 
 
 def values(folder: Path, stage: str) -> dict[str, dict[str, float]]:

@@ -3,10 +3,12 @@
     with open_record(job, stage="sft", inputs=[…], configuration={…}) as record:
         record.facts.results["eval_loss"] = …
 
-Whatever ends the block, the record says so: complete, failed (with what, step, rows) or cancelled. A process that is
-killed outright leaves `running`, and `liveness` tells that it is dead.
+The person's success criteria are frozen as it opens and judged when it is complete. Whatever ends the block, the
+record says so: complete, failed (with what, step, rows) or cancelled. A process that is killed outright leaves
+`running`; `liveness` tells that it is dead, and `close_dead` closes it.
 """
 
+import json
 import signal
 import socket
 import threading
@@ -20,11 +22,11 @@ from typing import Any
 import psutil
 
 from pipeline import yamlio
-from pipeline.errors import AletheiaError, Interrupted, StageFailed
+from pipeline.errors import AletheiaError, Interrupted, StageFailed, UserError
 from pipeline.progress import say
-from pipeline.records import capture, ids
+from pipeline.records import capture, criteria, ids
 from pipeline.records.file import RecordFile
-from pipeline.records.schema import Facts, Failure, Input, Lineage, Status, StatusChange
+from pipeline.records.schema import Facts, Failure, Input, Lineage, Status, StatusChange, Verdict
 from pipeline.workspace import Workspace
 
 
@@ -35,6 +37,7 @@ class Record:
         self.file, self.facts, self.workspace = file, facts, workspace
         self.id = file.id
         self.stop = StopRequest()
+        self.of_stages: dict[str, dict[str, Any]] = {}  # a pipeline experiment: the results of its stages, by name
         file.folder.mkdir(exist_ok=True)
 
     @property
@@ -51,6 +54,18 @@ class Record:
 
     def save(self) -> None:
         self.file.write(self.facts)
+
+    def judge(self) -> None:
+        """The verdict on the criteria frozen at the start; what was changed above the line since then is only shown."""
+        if self.facts.verdict is None:
+            return
+        verdict = criteria.judge(self.facts.verdict, self.facts.results | self.of_stages)
+        try:
+            now = criteria.read(self.file.person().get("success_criteria"))
+            verdict.changed_after_start = criteria.changes(verdict.criteria, now)
+        except UserError as error:
+            verdict.changed_after_start = [f"could not be compared: {error}"]
+        self.facts.verdict = verdict
 
     def change_status(self, status: Status, note: str | None = None) -> None:
         self.facts.status = status
@@ -111,9 +126,9 @@ def open_record(
     cost: Any,
     inputs: list[Input] | None = None,
     parent: str | None = None,
-    resume: RecordFile | None = None,
+    file: RecordFile | None = None,
 ) -> Iterator[Record]:
-    """Opens a new record, or takes `resume` back to running, and closes it whatever happens."""
+    """Opens a new record, fills in a planned `file` or takes one back to running, and closes it whatever happens."""
     lineage = Lineage(parent=parent, inputs=inputs or [])
     fresh = Facts(
         status="running",
@@ -123,10 +138,11 @@ def open_record(
         overrides=overrides,
         configuration=configuration,
     )
-    file = resume or RecordFile(
-        ids.allocate(workspace, lambda experiment_id, date: _upper_half(experiment_id, date, person))
-    )
-    earlier = file.facts() if resume else None
+    earlier = file.facts() if file else None
+    if file is None:
+        file = RecordFile(ids.allocate(workspace, lambda name, date: upper_half(name, date, person)))
+    if earlier is None:
+        fresh.verdict = _freeze(file, workspace)
     record = Record(file, earlier or fresh, workspace)
     with record.stop.listening():
         try:
@@ -141,7 +157,9 @@ def open_record(
             finally:
                 record.facts.environment = capture.environment()
                 record.facts.resources = _add_up(earlier.resources if earlier else None, meter.read())
+            record.judge()
             record.change_status("complete")
+            _say_verdict(record.facts.verdict)
         except (Interrupted, KeyboardInterrupt) as error:
             record.change_status("cancelled", str(error) or "interrupted")
             raise error if isinstance(error, Interrupted) else Interrupted("interrupted") from None
@@ -152,6 +170,17 @@ def open_record(
             except OSError as second:  # a full disk: what went wrong first is still what is told
                 say(f"note: {file.path} could not be closed ({second.strerror}) and will read as dead")
             raise
+
+
+def close_dead(file: RecordFile, facts: Facts) -> None:
+    """Closes a run whose process is gone as failed, with the last step that its log knows; its results stay."""
+    last = facts.history[-1]
+    step = _last_step(file.folder / "log.jsonl")
+    what = f"its process ({last.pid} on {last.host}) was gone: killed, or the machine went down"
+    facts.failure = Failure(kind="ProcessGone", message=what, step=step)
+    facts.status = "failed"
+    facts.history.append(_status_change("failed", "closed by exp repair"))
+    file.write(facts)
 
 
 def liveness(facts: Facts) -> str:
@@ -171,14 +200,46 @@ def liveness(facts: Facts) -> str:
     return "running" if alive else "dead"
 
 
-def _upper_half(experiment_id: str, date: str, person: dict[str, Any]) -> bytes:
+def upper_half(experiment_id: str, date: str, person: dict[str, Any]) -> bytes:
     top = {"experiment_id": experiment_id, "date": datetime.fromisoformat(date).date(), **person}
     text = "".join(f"{key}:\n" if value is None else yamlio.dump({key: value}) for key, value in top.items())
     return f"# Yours. The pipeline never touches what stands above the line.\n{text}\n".encode()
 
 
+def _freeze(file: RecordFile, workspace: Workspace) -> Verdict | None:
+    frozen = criteria.read(file.person().get("success_criteria"), workspace.shown(file.path))
+    return Verdict(frozen_at=_now(), criteria=frozen) if frozen else None
+
+
+def _say_verdict(verdict: Verdict | None) -> None:
+    if verdict is None:
+        return
+    say(f"verdict: {verdict.finding}")
+    for judged in verdict.judged:
+        say(f"  {judged.finding}: {judged.criterion}  (observed {judged.observed}; {judged.why})")
+    for change in verdict.changed_after_start:
+        say(f"  changed after the start, and not used: {change}")
+
+
+def _last_step(log: Path) -> int | None:
+    try:
+        lines = log.read_text("utf-8").splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):  # the last line may be torn
+            continue
+    return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 def _status_change(status: Status, note: str | None) -> StatusChange:
-    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    now = _now()
     process = psutil.Process()
     if status != "running":
         return StatusChange(status=status, at=now, note=note)

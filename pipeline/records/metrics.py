@@ -1,10 +1,10 @@
 """The figures of a record by name: what criteria, lists, comparisons and the report all look up.
 
-    eval_loss               of a change (before, after, delta): the value after
-    eval_loss.delta         the change, with its interval
-    eval_loss.delta.ci_low  one end of it
-    aletheia_choices        a benchmark, wherever it stands below `benchmarks`
-    eval.eval_loss          in a pipeline experiment: of its stage `eval`
+eval_loss               of a change (before, after, delta): the value after
+eval_loss.delta         the change, with its interval
+eval_loss.delta.ci_low  one end of it
+aletheia_choices        a benchmark, wherever it stands below `benchmarks`
+eval.eval_loss          in a pipeline experiment: of its stage `eval`
 """
 
 import math
@@ -27,7 +27,9 @@ class Metric:
     def text(self, digits: int = 4) -> str:
         number = f"{self.value:.{digits}g}"
         interval = (
-            "" if self.ci_low is None or self.ci_high is None else f" [{self.ci_low:.{digits}g}, {self.ci_high:.{digits}g}]"
+            ""
+            if self.ci_low is None or self.ci_high is None
+            else f" [{self.ci_low:.{digits}g}, {self.ci_high:.{digits}g}]"
         )
         return f"{number}{interval}{'' if self.n is None else f' n={self.n}'}"
 

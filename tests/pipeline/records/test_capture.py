@@ -97,6 +97,60 @@ def test_the_patch_brings_the_commit_to_what_ran(checkout: Path, tmp_path: Path)
     assert (checkout / "experiments" / "EXP.yaml").read_text() == "a = 1\n"
 
 
+def test_a_new_file_of_the_code_is_in_the_patch_and_other_new_files_are_named(checkout: Path, tmp_path: Path) -> None:
+    new = {"pipeline/new.py": "c = 3\n", "eval/é.py": "", "pipeline/table.csv": "1\n", "docs/new.py": "d = 4\n"}
+    for name, text in new.items():
+        (checkout / name).parent.mkdir(exist_ok=True)
+        (checkout / name).write_text(text)
+    facts = capture.code(tmp_path)
+    assert facts["dirty"] is True
+    assert facts["untracked"] == ["docs/new.py", "pipeline/table.csv"]
+    for name in new:
+        (checkout / name).unlink()
+    subprocess.run(["git", "-C", str(checkout), "apply", str(tmp_path / "code.patch")], check=True)
+    assert {name: (checkout / name).read_text() for name in new if name.endswith(".py") and "docs" not in name} == {
+        "pipeline/new.py": "c = 3\n",
+        "eval/é.py": "",
+    }
+
+
+def test_more_new_files_than_the_record_names_are_counted(checkout: Path, tmp_path: Path) -> None:
+    for number in range(capture.MOST_UNTRACKED + 3):
+        (checkout / f"note-{number}.txt").write_text("")
+    facts = capture.code(tmp_path)
+    assert len(facts["untracked"]) == capture.MOST_UNTRACKED
+    assert facts["untracked_more"] == 3
+
+
+@pytest.mark.parametrize("setting", ["diff.noprefix=true", "color.ui=always", "diff.external=false"])
+def test_the_patch_applies_whatever_the_persons_git_is_set_to(checkout: Path, tmp_path: Path, setting: str) -> None:
+    git = ["git", "-C", str(checkout)]
+    subprocess.run([*git, "config", *setting.split("=")], check=True)
+    (checkout / "code.py").write_text("a = 2\n")
+    capture.code(tmp_path)
+    subprocess.run([*git, "checkout", "-q", "--", "."], check=True)
+    subprocess.run([*git, "apply", str(tmp_path / "code.patch")], check=True)
+    assert (checkout / "code.py").read_text() == "a = 2\n"
+
+
+def test_a_resume_with_other_code_keeps_the_patch_of_the_first_part(checkout: Path, tmp_path: Path) -> None:
+    parts = []
+    for line in ("a = 2\n", "a = 3\n"):
+        (checkout / "code.py").write_text(line)
+        parts.append(capture.code(tmp_path)["patch"])
+    assert parts[0]["path"] != parts[1]["path"]
+    for part in parts:
+        kept = (tmp_path / Path(part["path"]).name).read_bytes()
+        assert capture.hashlib.sha256(kept).hexdigest() == part["sha256"]
+
+
+def test_a_git_that_cannot_tell_the_changes_is_not_taken_for_clean(checkout: Path, tmp_path: Path) -> None:
+    (checkout / ".git" / "index").write_bytes(b"torn")
+    facts = capture.code(tmp_path)
+    assert facts["dirty"] is None
+    assert "could not tell" in facts["reason"]
+
+
 def test_the_patch_is_kept_without_secrets_and_says_so(checkout: Path, tmp_path: Path) -> None:
     (checkout / "code.py").write_text(f'a = "{KEY}"\n')
     facts = capture.code(tmp_path)

@@ -1,4 +1,5 @@
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.records import find
-from pipeline.records.file import RecordFile
+from pipeline.records.file import LINE, RecordFile
 from pipeline.records.schema import Facts, Input, Lineage
 from pipeline.workspace import Workspace
 
@@ -101,7 +102,8 @@ def test_nothing_to_build_on_names_the_command(place: Workspace) -> None:
 def test_a_record_that_cannot_be_read_is_passed_over(place: Workspace, kept: Keep) -> None:
     kept(1)
     broken = kept(2)
-    broken.path.write_bytes(broken.path.read_bytes() * 2)
+    shutil.rmtree(broken.folder)  # with it the copy that would put it right
+    broken.path.write_text(f"{LINE}\n]: [", "utf-8")
     assert taken(place, ["sft"]) == "001"
 
 

@@ -1,0 +1,273 @@
+"""One record as a page to paste into a wiki: verdict first, figures with their intervals, and all that its person wrote.
+
+    aletheia exp export EXP-2026-11-21-003 --to markdown
+
+Writes `experiments/EXP-…/report.md`. A plan, and a record that is running or cannot be read whole, is written as far as
+it goes, and says so at its top. Only the configuration is not there whole; the page links to the record, which has it.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from aletheia.exp.exporters.page import label, place, plain, render, write_page
+from aletheia.exp.exporters.record import besides, moment, pictures, texts
+from aletheia.exp.figures import excludes_0
+from aletheia.exp.reading import flat, interval, number
+from aletheia.summary import figures as key_figures
+from pipeline.errors import UserError
+from pipeline.progress import duration, say
+from pipeline.records import find
+from pipeline.records.file import Reading, RecordFile
+from pipeline.records.lifecycle import liveness
+from pipeline.records.metrics import Metric, metrics
+from pipeline.records.schema import Facts, Verdict
+from pipeline.workspace import Workspace
+
+TITLE = 100  # characters of a description that fits into the heading
+STARTS_FROM = {"sft": "the base", "eval": "the base", "dpo": "the SFT policy, its reference"}
+SECTIONS = {"sft": "sft_config", "dpo": "dpo_config", "merge": "merge_config", "serve": "serve_config", "eval": "eval_config"}
+GENERAL = ("base_model", "revision", "device", "precision", "quantization", "seed")
+# Above the line, what has a place of its own on the page …
+PLACED = ("experiment_id", "date", "description", "hypothesis")
+# … or stands there as the run took it up, and again only where it differs.
+TAKEN_UP = ("profile", "stages", "overrides", "success_criteria")
+FIRST = ("observations", "conclusion", "analysis", "issues", "learnings", "next_steps", "journal")
+
+
+def export_markdown(workspace: Workspace, exp: str, output: Path | None, force: bool) -> str:
+    """The path of the page. Raises `UserError`."""
+    file = find.named(workspace, exp)
+    reading = file.read()
+    target = place(output, file.folder / "report.md", f"{file.id}.md")
+    return write_page(workspace, target, page(workspace, file, reading, target.parent), force, reading.facts)
+
+
+def page(workspace: Workspace, file: RecordFile, reading: Reading, folder: Path) -> str:
+    """`folder`: where the page will lie, from which its links start."""
+    facts, person = reading.facts, reading.person
+    results = facts.results if facts else {}
+    described = texts(person.get("description"))
+    title = described[0] if len(described) == 1 and len(described[0]) <= TITLE and "\n" not in described[0] else ""
+    return render(
+        "report.md.jinja",
+        id=file.id,
+        facts=facts,
+        title=title,
+        description=[] if title else described,
+        problems=list(_problems(reading)),
+        summary=list(_summary(file, reading)),
+        verdict=_verdict(reading),
+        hypothesis=texts(person.get("hypothesis")),
+        failure=facts.failure if facts else None,
+        setup=list(_setup(facts, person)),
+        record_link=_link(file.path, folder),
+        changes_are=_changes_are(facts) if facts else "",
+        changes=list(_changes(results)),
+        figures=list(_figures(results)),
+        besides=besides(results),
+        parts=list(_parts(workspace, facts, folder)),
+        curves=[(_link(p, folder), purpose) for p, purpose in pictures(file, workspace, facts)] if facts else [],
+        lineage=list(_lineage(workspace, facts, folder)) if facts else [],
+        artifacts=facts.artifacts if facts else [],
+        reproduce=list(_reproduce(file, facts)) if facts else [],
+        made_with=list(_made_with(facts)) if facts else [],
+        written=list(_written(facts, person)),
+    )
+
+
+def _problems(reading: Reading) -> Iterator[str]:
+    for problem in (reading.mistake, reading.damage, reading.edited):
+        if problem:
+            yield f"Not whole: {problem}"
+    if reading.facts and liveness(reading.facts).startswith("running"):
+        yield "Partial: the run has not ended."
+
+
+def _summary(file: RecordFile, reading: Reading) -> Iterator[str]:
+    facts, person = reading.facts, reading.person
+    yield (liveness(facts) if facts else "unreadable" if reading.damage else "planned")
+    yield (f"stage {facts.stage}" if facts else f"stages {', '.join(texts(person.get('stages'))) or 'not named'}")
+    yield f"profile {facts.profile if facts else person.get('profile')}"
+    yield str(person.get("date") or file.id[4:14])
+    seconds = facts.resources.get("wall_seconds") if facts else None
+    if isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= seconds < 1e12:
+        yield duration(seconds)
+
+
+def _verdict(reading: Reading) -> dict[str, Any]:
+    verdict = reading.facts.verdict if reading.facts else None
+    if verdict is None:
+        criteria = reading.person.get("success_criteria")
+        when = "after the run had begun" if reading.facts else "and nothing has run"
+        sentence = f"None: criteria were set, {when}." if criteria else "None: no success criteria were set."
+        return {"sentence": sentence, "rows": [], "changed": []}
+    return {"sentence": _sentence(verdict), "rows": list(_criteria(verdict)), "changed": verdict.changed_after_start}
+
+
+def _sentence(verdict: Verdict) -> str:
+    found = verdict.finding or "not judged: the run is not complete"
+    return f"{found[:1].upper()}{found[1:]}, by criteria frozen at {verdict.frozen_at}."
+
+
+def _criteria(verdict: Verdict) -> Iterator[list[Any]]:
+    for one in verdict.judged:
+        needed = f"; n needed: {one.n_needed}" if one.n_needed else ""
+        yield [one.criterion, one.role, one.finding, one.observed, f"{one.why}{needed}"]
+    for open_ in [] if verdict.judged else verdict.criteria:
+        yield [open_.criterion, open_.role, "", "", f"needs n ≥ {open_.min_n}" if open_.min_n else ""]
+
+
+def _setup(facts: Facts | None, person: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    if facts is None:
+        for key in TAKEN_UP[:3]:
+            yield from ((name, _short(value)) for name, value in flat({key: person.get(key)}) if value not in (None, {}, []))
+        return
+    base = facts.lineage.base or {}
+    if base:
+        revision = base.get("revision")
+        yield "base", f"{base.get('name')} at {revision}" if revision else f"{base.get('name')}, a local model"
+    general = {key: facts.configuration[key] for key in GENERAL if key in facts.configuration}
+    section = facts.configuration.get(SECTIONS.get(facts.stage, ""))
+    for key, value in [*flat(general), *flat(section)]:
+        yield key, _short(value)
+    domains: dict[str, list[str]] = {}
+    for key, value in flat(facts.data):
+        part, found, domain = key.partition(".domains.")
+        if found:
+            domains.setdefault(part, []).append(f"{domain} {_short(value)}")
+        else:
+            yield f"data: {key}", _short(value)
+    for part, counts in domains.items():
+        yield f"data: {part}.domains", ", ".join(counts)
+    for key, value in facts.overrides.items():
+        yield f"set by hand: {key}", _short(value)
+
+
+def _changes_are(facts: Facts) -> str:
+    start = STARTS_FROM.get(facts.stage, "what it is compared with")
+    against = facts.results.get("against")
+    return f"Before: {start}{f' ({against})' if isinstance(against, str) else ''}; after: this record. Paired on the same rows."
+
+
+def _changes(results: dict[str, Any]) -> Iterator[list[str]]:
+    found = metrics(results)
+    for path, after in found.items():
+        before, delta = found.get(f"{path}.before"), found.get(f"{path}.delta")
+        if before and delta:
+            ends = (number(before.value), number(after.value), number(delta.value, "+"))
+            yield [path, *ends, interval(delta, "+"), _n(delta), _reading(delta)]
+
+
+def _figures(results: dict[str, Any]) -> Iterator[list[str]]:
+    """All but those of the changes' table; of these the ends' own intervals."""
+    for path, metric in metrics(results).items():
+        if not path.endswith(".delta"):
+            yield [path, number(metric.value), interval(metric), _n(metric)]
+
+
+def _reading(delta: Metric) -> str:
+    if delta.ci_low is None or delta.ci_high is None:
+        return "no interval: shows nothing"
+    if not excludes_0(delta):
+        return "no difference shown"
+    return "rose" if delta.value > 0 else "fell"
+
+
+def _parts(workspace: Workspace, facts: Facts | None, folder: Path) -> Iterator[dict[str, Any]]:
+    for child in facts.lineage.children if facts else []:
+        try:
+            file = find.named(workspace, child)
+            below = file.read().facts
+        except UserError as error:
+            say(f"note: {error}")
+            yield {"id": plain(child), "link": "", "stage": "?", "status": "not there", "figures": []}
+            continue
+        yield {
+            "id": file.id,
+            "link": _link(file.path, folder),
+            "stage": below.stage if below else "?",
+            "status": liveness(below) if below else "not run, or unreadable",
+            "figures": key_figures(below) if below else [],
+        }
+
+
+def _lineage(workspace: Workspace, facts: Facts, folder: Path) -> Iterator[str]:
+    """Markdown already: links, and hashes in full."""
+
+    def record(name: str) -> str:
+        path = workspace.experiments / f"{name}.yaml"
+        return f"[{name}]({_link(path, folder)})" if path.is_file() else f"{plain(name)} (not here)"
+
+    lineage = facts.lineage
+    if lineage.base:
+        base = {key: plain(value) for key, value in lineage.base.items()}
+        yield f"base {base.get('name')}, weights {base.get('sha256') or 'not hashed'}"
+    for taken in lineage.inputs:
+        yield f"built on {record(taken.id)} ({plain(taken.stage)}): {plain(taken.path)}, {plain(taken.sha256)}"
+    if lineage.parent:
+        yield f"part of {record(lineage.parent)}"
+    for child in lineage.children:
+        yield f"its stage {record(child)}"
+    for name, where in facts.external.items():
+        yield f"{plain(name)}: {', '.join(plain(f'{key} {value}') for key, value in flat(where)) or plain(where)}"
+    if not any((lineage.base, lineage.inputs, lineage.parent, lineage.children, facts.external)):
+        yield "none recorded"
+
+
+def _reproduce(file: RecordFile, facts: Facts) -> Iterator[str]:
+    commit, patch = facts.code.get("commit"), facts.code.get("patch")
+    if commit:
+        yield f"git checkout {_short(commit)}"
+    else:
+        yield f"# the commit is not known: {_short(facts.code.get('reason')) or 'it was not recorded'}"
+    if isinstance(patch, dict):
+        redacted = "   # secrets were taken out of it: it may not apply" if patch.get("redacted") else ""
+        yield f"git apply experiments/{_short(patch.get('path'))}{redacted}"
+    elif facts.code.get("dirty"):
+        yield "# there were files that git did not know; they are not kept"
+    yield f"aletheia exp reproduce {file.id}"
+    if facts.code.get("command"):
+        yield f"# it was run as: {_short(facts.code['command'])}"
+
+
+def _made_with(facts: Facts) -> Iterator[tuple[str, Any]]:
+    history = facts.history
+    if history and moment(history[0].at):
+        yield "ran", f"{history[0].at} to {history[-1].at}" if len(history) > 1 else f"from {history[0].at}"
+    for name, value in [*flat(facts.environment), *flat(facts.resources)]:
+        yield name, _short(value)
+
+
+def _written(facts: Facts | None, person: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What its person wrote, under headings: all keys, known or not, that do not stand on the page already."""
+    then = {"profile": facts.profile, "overrides": facts.overrides} if facts else {}
+    if facts:
+        then["stages"] = person.get("stages") if texts(person.get("stages")) == [facts.stage] else None
+        then["success_criteria"] = person.get("success_criteria") if facts.verdict else None
+    elif texts(person.get("stages")):
+        then = {key: person.get(key) for key in TAKEN_UP[:3]}
+    shown = {key for key in TAKEN_UP if key in then and then[key] == person.get(key)}
+    known = [key for key in FIRST if key in person]
+    for key in [*known, *(key for key in person if key not in FIRST)]:
+        if key not in PLACED and key not in shown and person[key] not in (None, "", [], {}):
+            yield label(key), person[key]
+
+
+def _n(metric: Metric) -> str:
+    return "" if metric.n is None else str(metric.n)
+
+
+def _short(value: Any) -> str:
+    """Any value in one line, whole."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return ", ".join(map(_short, value))
+    return "" if value is None else " ".join(str(value).split())
+
+
+def _link(path: Path, folder: Path) -> str:
+    return quote(os.path.relpath(path, folder))

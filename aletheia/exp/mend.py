@@ -1,0 +1,206 @@
+"""`aletheia exp repair`, `sync` and `renumber`: what went wrong with a record's file, put right and said.
+
+repair    closes runs whose process is gone
+sync      completes what waited for the person's half to be YAML again, and undoes edits below the line
+renumber  gives a record the next free id of its day, where two checkouts made the same one
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from aletheia.output import print_json, print_table
+from pipeline.errors import UserError
+from pipeline.progress import say
+from pipeline.records import find, ids
+from pipeline.records.file import RecordFile
+from pipeline.records.lifecycle import close_dead, liveness
+from pipeline.records.schema import Facts
+from pipeline.workspace import Workspace
+
+
+def repair(workspace: Workspace, exps: Sequence[str], as_json: bool) -> None:
+    """Closes every dead run among `exps` (default: all) as failed, with the last step its log knows."""
+    done = []
+    for file in _files(workspace, exps):
+        try:
+            facts = file.facts()
+        except UserError as error:
+            done.append({"id": file.id, "done": f"cannot be read: {error}"})
+            continue
+        state = liveness(facts) if facts else "planned"
+        if facts and state == "dead":
+            close_dead(file, facts)
+            step = facts.failure.step if facts.failure else None
+            resume = f"; aletheia {facts.stage} --resume goes on" if facts.stage in ("sft", "dpo") else ""
+            done.append({"id": file.id, "done": f"closed as failed{f' after step {step}' if step else ''}{resume}"})
+        elif state.startswith("running on") or exps:
+            done.append({"id": file.id, "done": f"left as it is: {state}"})
+    _print(done, as_json, "no run is dead")
+
+
+def sync(workspace: Workspace, exps: Sequence[str], as_json: bool) -> bool:
+    """Completes and undoes what `RecordFile.read` shows; False when a person's half still keeps one from it."""
+    done, whole = [], True
+    for file in _files(workspace, exps):
+        try:
+            read = file.read()
+        except UserError as error:
+            done.append({"id": file.id, "done": str(error)})
+            whole = False
+            continue
+        if read.mistake:
+            done.append({"id": file.id, "done": f"{'waits' if read.pending else 'is wrong'}: {read.mistake}"})
+            whole = False
+        elif read.pending or read.edited:
+            complete = file.complete() and not file.read().edited
+            what = read.edited or "completed with what had waited beside it"
+            done.append({"id": file.id, "done": what + (": undone" if read.edited and complete else "")})
+            whole = whole and complete
+    _print(done, as_json, "every record is in step with what the pipeline knows")
+    return whole
+
+
+def renumber(workspace: Workspace, exp: str) -> Path:
+    """Gives the record the next free id of its day, with its folders, links and the references to it.
+
+    Where another file has the same id, a reference is changed only when it can be told to mean this one (by the hash of
+    what was taken, or by naming each other); the others are named. Raises `UserError`.
+    """
+    file = RecordFile(Path(exp)) if Path(exp).suffix == ".yaml" and Path(exp).is_file() else find.named(workspace, exp)
+    old = _own_id(file)
+    facts = file.facts()
+    if facts and liveness(facts).startswith("running"):
+        raise UserError("is running", where=workspace.shown(file.path), remedy="renumbering it when it has ended")
+    twins = [other for other in _all(workspace) if other.path != file.path and _own_id(other) == old]
+    content = file.path.read_bytes()
+    path = ids.allocate(workspace, lambda experiment_id, date: content, date=old[4:14])
+    new = RecordFile(path)
+    own = _replacer(old, path.stem)
+    file.path.unlink()
+    if not (twins and file.id == old and any(twin.id == old for twin in twins)):
+        _move_folders(workspace, file.id, path.stem)
+    new.rewrite_above(
+        lambda text: re.sub(rf"(?m)^(experiment_id:\s*['\"]?){re.escape(old)}\b", rf"\g<1>{path.stem}", text)
+    )
+    if facts:
+        renamed = Facts.model_validate(_deep(facts.model_dump(mode="json"), own))
+        renamed.history[-1].note = "; ".join(filter(None, [renamed.history[-1].note, f"renumbered from {old}"]))
+        new.write(renamed)
+    for other in _all(workspace):
+        if other.path != new.path:
+            _refer(workspace, other, old, path.stem, facts, twins)
+    say(f"{workspace.shown(file.path)} is now {path.stem}")
+    return path
+
+
+def _refer(
+    workspace: Workspace, other: RecordFile, old: str, new: str, facts: Facts | None, twins: Sequence[RecordFile]
+) -> None:
+    """Changes the references to the renumbered record in another one, as far as they can be told apart."""
+    text = other.path.read_bytes().decode("utf-8", "replace")
+    if not re.search(rf"\b{old}\b(?!\d)", text) or any(other.path == twin.path for twin in twins):
+        return
+    shown = workspace.shown(other.path)
+    replace = _replacer(old, new)
+    try:
+        theirs = other.facts()
+        if theirs:
+            before = theirs.model_dump()
+            if not twins:
+                theirs = Facts.model_validate(_deep(theirs.model_dump(mode="json"), replace))
+            elif facts:
+                _repoint(theirs, other.id, old, new, facts, twins)
+            if theirs.model_dump() != before:
+                other.write(theirs)
+                say(f"{shown}: refers to {new} now")
+        above = other.above()
+        if re.search(rf"\b{old}\b(?!\d)", above):
+            if twins:
+                say(f"note: {shown}: names {old} above the line; which of the two is meant, only you can tell")
+            else:
+                other.rewrite_above(replace)
+                say(f"{shown}: names {new} now")
+    except UserError as error:
+        say(f"note: {error}; its references to {old} are left as they are")
+
+
+def _repoint(theirs: Facts, their_id: str, old: str, new: str, facts: Facts, twins: Sequence[RecordFile]) -> None:
+    """Where two records bear the id: by the hash of what was taken, or because the two name each other."""
+    others = [known for twin in twins if (known := twin.facts()) is not None]
+    digest = find.combined(facts.artifacts)
+    for taken in theirs.lineage.inputs:
+        if taken.id == old and taken.sha256 == digest and all(find.combined(t.artifacts) != digest for t in others):
+            taken.id, taken.path = new, taken.path.replace(old, new)
+    if theirs.lineage.parent == old and _only(their_id, facts.lineage.children, [t.lineage.children for t in others]):
+        theirs.lineage.parent = new
+    if facts.lineage.parent == their_id and all(t.lineage.parent != their_id for t in others):
+        theirs.lineage.children = [new if child == old else child for child in theirs.lineage.children]
+
+
+def _only(name: str, ours: Sequence[str], others: Sequence[Sequence[str]]) -> bool:
+    return name in ours and not any(name in names for names in others)
+
+
+def _move_folders(workspace: Workspace, old: str, new: str) -> None:
+    """`experiments/EXP-…/`, `checkpoints/EXP-…/`, and the links that point into the latter."""
+    for folder in (workspace.experiments, workspace.checkpoints):
+        if (folder / old).is_dir():
+            (folder / old).rename(folder / new)
+    if not workspace.checkpoints.is_dir():
+        return
+    for link in workspace.checkpoints.iterdir():
+        if link.is_symlink() and Path(os.readlink(link)).parts[:1] == (old,):
+            find.link_newest(
+                workspace, link.name, workspace.checkpoints / new / Path(*Path(os.readlink(link)).parts[1:])
+            )
+
+
+def _replacer(old: str, new: str) -> Callable[[str], str]:
+    return lambda text: re.sub(rf"\b{re.escape(old)}\b(?!\d)", new, text)
+
+
+def _deep(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _deep(child, change) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_deep(child, change) for child in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _own_id(file: RecordFile) -> str:
+    """What the record says its id is; else its file's name."""
+    with suppress(UserError):
+        said = file.person().get("experiment_id")
+        if isinstance(said, str) and ids.ID.match(said):
+            return said
+    match = re.match(r"EXP-\d{4}-\d{2}-\d{2}-\d{3,}", file.id)
+    if not match:
+        raise UserError(
+            "has no id to be renumbered from", where=str(file.path), remedy="experiment_id: EXP-…, above the line"
+        )
+    return match[0]
+
+
+def _all(workspace: Workspace) -> list[RecordFile]:
+    """Every file that may be a record, also one whose name is no id."""
+    return [RecordFile(path) for path in sorted(workspace.experiments.glob("EXP-*.yaml"))]
+
+
+def _files(workspace: Workspace, exps: Sequence[str]) -> list[RecordFile]:
+    if exps:
+        return [find.named(workspace, exp) for exp in exps]
+    return [RecordFile(path) for path in ids.newest_first(workspace)]
+
+
+def _print(done: list[dict[str, str]], as_json: bool, nothing: str) -> None:
+    if as_json:
+        print_json(done)
+    elif done:
+        print_table(("record", "what was done"), [(row["id"], row["done"]) for row in done], sys.stdout)
+    else:
+        say(nothing)

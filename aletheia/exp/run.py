@@ -1,0 +1,177 @@
+"""`aletheia exp run EXP`: runs a planned record and fills it in.
+
+A plan with one stage becomes that stage's record. With several it is a pipeline experiment: each stage gets a record of
+its own below it, and the criteria may name their figures (`eval.eval_loss.delta < 0`). Run again after a failure or an
+interruption it goes on: what is complete, and still what the plan says, is kept.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.profile import as_assignments, load_profile
+from pipeline.progress import say
+from pipeline.records import find
+from pipeline.records.file import RecordFile
+from pipeline.records.lifecycle import Record, liveness, open_record
+from pipeline.records.schema import Facts
+from pipeline.stage import Job, flat, persons_half, run_stage
+from pipeline.workspace import Workspace
+
+STAGES = ["data", "sft", "dpo", "merge", "serve", "eval"]
+TAKES = {"dpo": ["sft"], "merge": ["dpo", "sft"], "serve": ["merge", "dpo", "sft"], "eval": ["merge", "dpo", "sft"]}
+
+
+def run(workspace: Workspace, exp: str) -> Record:
+    """Raises `UserError` for a record that is complete or running, or whose plan has a mistake."""
+    from aletheia.exp.plan import read_plan
+
+    file = find.named(workspace, exp)
+    plan = read_plan(workspace, file)
+    facts = file.facts()
+    if facts is not None and liveness(facts) not in ("failed", "cancelled", "dead"):
+        what = f"is {liveness(facts)}: a record is run once"
+        raise UserError(what, where=workspace.shown(file.path), remedy=f"aletheia exp plan {' '.join(plan.stages)}")
+    profile = load_profile(workspace, plan.profile, as_assignments(plan.overrides))
+    job = Job(workspace, profile, source=plan.source, record=file, resume=facts is not None)
+    if len(plan.stages) == 1:
+        return run_stage(stage_class(plan.stages[0]), job)
+    with open_pipeline(job, plan.stages) as record:
+        if facts is not None:
+            _take_changes(job, record)
+        pipeline = Pipeline(job, record)
+        for stage in plan.stages:
+            pipeline.run(stage)
+    return record
+
+
+def open_pipeline(job: Job, stages: Sequence[str], description: str | None = None) -> Any:
+    """The record that holds the stages' records together."""
+    return open_record(
+        job.workspace,
+        stage="pipeline",
+        profile=job.profile.id,
+        person=persons_half(replace(job, description=description or job.description), stages),
+        overrides=job.profile.overrides,
+        configuration=job.config.model_dump(mode="json"),
+        cost=job.config.cost,
+        file=job.record,
+    )
+
+
+def stage_class(name: str) -> Any:
+    """Imported here, so that what only reads records does not load what trains."""
+    if name == "data":
+        from pipeline.snapshot import Snapshot
+
+        return Snapshot
+    if name == "sft":
+        from pipeline.sft import Sft
+
+        return Sft
+    if name == "dpo":
+        from pipeline.dpo import Dpo
+
+        return Dpo
+    if name == "merge":
+        from pipeline.merge import Merge
+
+        return Merge
+    if name == "serve":
+        from serving.serve import Serve
+
+        return Serve
+    from eval.evaluate import Evaluate
+
+    return Evaluate
+
+
+class Pipeline:
+    """Stages of one experiment: each takes what an earlier one of the same experiment made."""
+
+    def __init__(self, job: Job, record: Record) -> None:
+        self.record = record
+        self.job = replace(job, record=None, resume=False, parent=record.id)
+        self.made: dict[str, str] = {}  # stage → record id
+
+    def run(self, stage: str, overrides: Sequence[str] = (), control: bool = False) -> RecordFile:
+        """One stage; a `control` is no other stage's input. Returns its record, kept or new."""
+        say("")
+        job = self._job(stage, overrides)
+        file = self._kept(stage, job)
+        try:
+            file = file or self._run(stage, job)
+        finally:
+            with suppress(UserError):
+                self.record.facts.lineage.children = [f.id for f, _ in find.children(job.workspace, self.record.id)]
+                self.record.save()
+        facts = file.facts()
+        if facts and not control:
+            self.made[stage] = file.id
+            self.record.of_stages[stage] = facts.results
+        return file
+
+    def _run(self, stage: str, job: Job) -> RecordFile:
+        if stage == "serve":
+            from aletheia.trial import serve_and_ask
+
+            self.record.facts.results["served"] = serve_and_ask(job)
+            return next(
+                f for f, facts in reversed(find.children(job.workspace, self.record.id)) if facts.stage == "serve"
+            )
+        for file, facts in self._earlier(stage, job):
+            if liveness(facts) in ("failed", "cancelled", "dead") and facts.configuration == _configuration(job):
+                say(f"{stage}: goes on with {file.id}, which was {liveness(facts)}")
+                return run_stage(stage_class(stage), replace(job, record=file, resume=True)).file
+        return run_stage(stage_class(stage), job).file
+
+    def _kept(self, stage: str, job: Job) -> RecordFile | None:
+        for file, facts in self._earlier(stage, job):
+            if facts.status == "complete":
+                say(f"{stage}: {file.id} is complete and kept")
+                return file
+        return None
+
+    def _earlier(self, stage: str, job: Job) -> list[tuple[RecordFile, Facts]]:
+        """This experiment's records of the stage, newest first, that did what the plan says now."""
+        wanted = _upto(stage, _configuration(job))
+        return [
+            (file, facts)
+            for file, facts in reversed(find.children(job.workspace, self.record.id))
+            if facts.stage == stage
+            and _upto(stage, facts.configuration) == wanted
+            and (job.source is None or job.source in [taken.id for taken in facts.lineage.inputs])
+        ]
+
+    def _job(self, stage: str, overrides: Sequence[str]) -> Job:
+        made = [self.made[earlier] for earlier in TAKES.get(stage, []) if earlier in self.made]
+        job = replace(self.job, source=made[0] if made else self.job.source if stage in TAKES else None)
+        if overrides:
+            all_of_them = [*as_assignments(job.profile.overrides), *overrides]
+            job = replace(job, profile=load_profile(job.workspace, str(job.profile.path), all_of_them))
+        return job
+
+
+def _take_changes(job: Job, record: Record) -> None:
+    """A plan may be mended between two attempts; its history says what was."""
+    then, now = flat(record.facts.configuration), flat(_configuration(job))
+    changed = [
+        f"{key} {then.get(key)!r} → {now.get(key)!r}" for key in {**then, **now} if then.get(key) != now.get(key)
+    ]
+    record.facts.configuration, record.facts.overrides = _configuration(job), job.profile.overrides
+    if changed:
+        record.facts.history[-1].note = f"resumed; the plan had been changed: {', '.join(changed)}"
+        say(record.facts.history[-1].note)
+
+
+def _configuration(job: Job) -> dict[str, Any]:
+    configuration: dict[str, Any] = job.config.model_dump(mode="json")
+    return configuration
+
+
+def _upto(stage: str, configuration: dict[str, Any]) -> dict[str, Any]:
+    """Without the sections of later stages, which this one does not depend on."""
+    later = {f"{name}_config" for name in STAGES[STAGES.index(stage) + 1 :]} | {"cost"}
+    return {key: value for key, value in configuration.items() if key not in later}
