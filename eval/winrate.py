@@ -5,7 +5,6 @@ decisive questions. Before it runs it says the smallest difference that so many 
 judge it shows how the answers fare when the longer simply wins.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,12 +61,12 @@ def win_rate(questions: Sequence[Question], answers: Sequence[str], opponents: S
         statistics.proportion(sum(s == by_length for s, by_length in decisive), len(decisive)) if decisive else None
     )
     return WinRate(
-        rate=_within_unit(statistics.mean(scores)),
+        rate=_rate(scores),
         wins=wins,
         ties=len(scores) - wins - losses,
         losses=losses,
         p_value=statistics.sign_test(wins, losses),
-        longest_wins=_within_unit(statistics.mean(longest)),
+        longest_wins=_rate(longest),
         agrees_with_longest=agreement,
         scores=scores,
     )
@@ -84,7 +83,11 @@ def _longer(answer: str, opponent: str) -> float:
     return 0.5 if len(answer) == len(opponent) else float(len(answer) > len(opponent))
 
 
-def _within_unit(figure: Figure) -> Figure:
-    if figure.ci_low is None or figure.ci_high is None or math.isnan(figure.ci_low):
+def _rate(scores: Sequence[float]) -> Figure:
+    """Student's t on the scores, within 0 and 1; Wilson's where one side won all, which leaves t no spread."""
+    if set(scores) in ({0.0}, {1.0}):
+        return statistics.proportion(round(sum(scores)), len(scores))
+    figure = statistics.mean(scores)
+    if figure.ci_low is None or figure.ci_high is None:
         return figure
     return figure.model_copy(update={"ci_low": max(0.0, figure.ci_low), "ci_high": min(1.0, figure.ci_high)})

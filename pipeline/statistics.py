@@ -44,15 +44,18 @@ class Change(BaseModel):
 
 
 def mean(values: Sequence[float]) -> Figure:
-    """Mean of per-row values with Student's t interval. Raises ValueError for no rows."""
+    """Mean of per-row values with Student's t interval; none where all are the same, for that says nothing of others.
+
+    Raises ValueError for no rows.
+    """
     from scipy import stats
 
     n = len(values)
     if n == 0:
         raise ValueError("a mean of no rows")
     average = math.fsum(values) / n
-    if n == 1:
-        return Figure(value=average, n=1)
+    if min(values) == max(values):  # one row, or no spread to judge by
+        return Figure(value=round(average, 6), n=n)
     variance = math.fsum((v - average) ** 2 for v in values) / (n - 1)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * math.sqrt(variance / n)
     return _rounded(average, average - half, average + half, n)
@@ -71,8 +74,23 @@ def proportion(successes: int, n: int) -> Figure:
 def paired(before: Sequence[float], after: Sequence[float], shares: bool = False) -> Change:
     """The change on the same rows, in the same order; `shares`: the values are 0 or 1, so the ends are proportions."""
     end = (lambda v: proportion(round(sum(v)), len(v))) if shares else mean
-    delta = mean([a - b for b, a in zip(before, after, strict=True)])
-    return Change(before=end(before), after=end(after), delta=delta)
+    deltas = [a - b for b, a in zip(before, after, strict=True)]
+    return Change(before=end(before), after=end(after), delta=_difference_of_shares(deltas) if shares else mean(deltas))
+
+
+def _difference_of_shares(deltas: Sequence[float]) -> Figure:
+    """Paired 0/1 rows: Wald's interval with half a row added to each of the four outcomes (Agresti & Min 2005).
+
+    It keeps its width where no row changed, or all did, which a t interval does not.
+    """
+    from scipy import stats
+
+    n = len(deltas)
+    gained, lost = (sum(delta == sign for delta in deltas) + 0.5 for sign in (1, -1))
+    centre = (gained - lost) / (n + 2)
+    variance = ((gained + lost) - (gained - lost) ** 2 / (n + 2)) / (n + 2) ** 2
+    half = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(variance)
+    return _rounded((gained - lost) / n, max(-1.0, centre - half), min(1.0, centre + half), n)
 
 
 def smallest_difference(n: int, deviation: float, power: float = 0.8) -> float:

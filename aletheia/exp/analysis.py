@@ -15,7 +15,9 @@ from pipeline.records.metrics import Metric, as_metric
 
 SPIKE = 5.0  # times the running median of the gradient norm
 RUNNING = 50  # steps before, that the median is taken over
-ENOUGH = 5  # values that a median needs, and steps that a trend needs twice over
+ENOUGH = 5  # values that a mean or median needs, twice as many a trend
+LITTLE = 0.05  # of the train loss's fall, in the last third of the steps
+HUGE = 1e30
 SLOWER = 0.7  # of the throughput at the beginning
 
 
@@ -124,9 +126,21 @@ class Log:
 
     @property
     def level_since(self) -> int | None:
-        """The step since which no fall is shown, when that is the whole second half of a run that fell before."""
-        half = self.steps[len(self.steps) // 2 :]
-        return half[0].step if self.falls and len(half) >= 4 * ENOUGH and not _falls(half) else None
+        """The first step of the last third, when that third brought next to nothing of the whole run's fall."""
+        losses = [(s.step, s.loss) for s in self.steps if s.loss is not None]
+        third = len(losses) // 3
+        if third < ENOUGH or not self.falls:
+            return None
+        first, middle, last = (
+            fmean(loss for _, loss in part) for part in (losses[:third], losses[third:-third], losses[-third:])
+        )
+        return losses[-third][0] if middle - last < LITTLE * (first - last) else None
+
+    @property
+    def idle(self) -> list[int]:
+        """Steps without a rate, where they are more than the one that a warm-up begins with."""
+        found = self.without_rate
+        return found if len(found) > max(1, 0.05 * len(self.steps)) else []
 
     @property
     def throughput(self) -> tuple[float, float] | None:
@@ -182,8 +196,9 @@ def _measured(line: dict[str, Any], name: str) -> Metric | None:
 
 
 def _number(line: dict[str, Any], name: str) -> float | None:
+    """None also for what is so large that its sum would overflow: it is as good as infinite."""
     found = as_metric(line.get(name))
-    return None if found is None else found.value
+    return None if found is None or abs(found.value) > HUGE else found.value
 
 
 def _epoch(done: float) -> int:

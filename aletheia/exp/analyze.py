@@ -8,38 +8,30 @@ it suggests is a next experiment, not a promise.
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-from aletheia.exp.analysis import SPIKE, Epoch, Log, parse
+from aletheia.exp.advice import Suggestion, suggestions
+from aletheia.exp.analysis import LITTLE, SPIKE, Epoch, Log, parse
 from aletheia.exp.reading import figure, number, plain, read_facts, table
 from aletheia.output import print_json, print_table
 from pipeline.errors import UserError
 from pipeline.records import items
 from pipeline.records.lifecycle import liveness
-from pipeline.records.metrics import as_metric
 from pipeline.records.schema import Facts
-from pipeline.stage import FEW_STEPS
 from pipeline.workspace import Workspace
 
 LOG = "log.jsonl"
 SHOWN = 10  # steps named
 
 
-@dataclass(frozen=True)
-class Suggestion:
-    """`set`: the assignments for `--set`; empty where no setting does it."""
-
-    what: str
-    why: str
-    set: tuple[str, ...] = ()
-
-
 def analyze(workspace: Workspace, name: str, as_json: bool) -> None:
     file, facts = read_facts(workspace, name)
     shown = workspace.shown(file.path)
     if facts.stage not in ("sft", "dpo"):
-        raise UserError(f"is a {facts.stage} record; only a training, sft or dpo, has a log to analyze", where=shown)
+        raise UserError(
+            f"is no training but of stage {facts.stage}; only sft and dpo have a log to analyze", where=shown
+        )
     path = file.folder / LOG
     if not path.is_file():
         raise UserError(f"its log {workspace.shown(path)} is not there", where=shown)
@@ -47,7 +39,7 @@ def analyze(workspace: Workspace, name: str, as_json: bool) -> None:
     if not log.steps:
         raise UserError("holds no step yet", where=workspace.shown(path))
     found = list(_findings(log, facts))
-    tried = list(_suggestions(log, facts))
+    tried = list(suggestions(log, facts))
     if as_json:
         print_json(plain(_as_data(file.id, facts, log, found, tried)))
         return
@@ -66,9 +58,8 @@ def analyze(workspace: Workspace, name: str, as_json: bool) -> None:
 
 
 def _epochs(log: Log) -> list[str]:
-    accuracy = any(e.valid and e.valid.accuracy for e in log.epochs)
-    header = ("epoch", "steps", "train loss", "valid loss", "gap", *(["valid accuracy"] if accuracy else []))
-    return table(header, [_epoch_row(e)[: len(header)] for e in log.epochs])
+    header = ("epoch", "steps", "train loss", "valid loss", "gap", "valid accuracy")
+    return table(header, [_epoch_row(epoch) for epoch in log.epochs])
 
 
 def _epoch_row(epoch: Epoch) -> tuple[str, ...]:
@@ -88,8 +79,11 @@ def _train(log: Log) -> list[str]:
     if best is None:
         return ["not finite in any step"]
     told = f"best in epoch {best.epoch} ({number(best.train or 0)})"
-    return [told if best is latest else f"{told}, latest {latest.epoch} ({number(latest.train or 0)})"] + [
-        "an epoch's is the mean over its steps, taken while the model still learnt; the gap is valid − train"
+    gap = "; the gap is valid − train" if log.validations else ""
+    last = "not finite" if latest.train is None else number(latest.train)
+    return [
+        f"{told}, the latest" if best is latest else f"{told}, latest {latest.epoch} ({last})",
+        f"an epoch's is the mean over its steps, taken while the model still learnt{gap}",
     ]
 
 
@@ -120,67 +114,14 @@ def _findings(log: Log, facts: Facts) -> Iterator[str]:
     if log.falls is False:
         yield f"train loss: no fall shown over all {len(log.steps)} steps"
     if log.level_since:
-        yield f"train loss: no fall shown since step {log.level_since}, the second half"
-    if log.without_rate:
-        yield f"learning rate 0, where nothing is learnt: {_steps(log.without_rate)}"
+        yield f"train loss: level since step {log.level_since}; the last third brought under {LITTLE:.0%} of its fall"
+    if log.idle:
+        yield f"learning rate 0, where nothing is learnt: {_steps(log.idle)}"
     if log.throughput:
         begin, end = log.throughput
         yield f"throughput fell from {number(begin)} to {number(end)} tokens a second"
     if liveness(facts) != "complete":
         yield f"the run is {liveness(facts)}: this is what its log holds so far"
-
-
-def _suggestions(log: Log, facts: Facts) -> Iterator[Suggestion]:
-    section = f"{facts.stage}_config"
-    rate, epochs = _setting(facts, section, "learning_rate"), _setting(facts, section, "epochs")
-    slower = (f"{section}.learning_rate={number(rate / 2)}",) if rate else ()
-    best = log.best_valid
-    if log.not_finite:
-        yield Suggestion("a lower rate", f"the run broke at step {log.not_finite[0]}", slower)
-    if log.risen and best:
-        fewer = (f"{section}.epochs={number(best.epoch)}",) if best.epoch != epochs else ()
-        yield Suggestion("fewer epochs", f"validation was best after {number(best.epoch)} and has risen since", fewer)
-        yield Suggestion("a lower rate", "the model then takes longer to learn the rows by heart", slower)
-        yield Suggestion("more rows", "the surest cure of overfitting; --set has none")
-    if log.spikes:
-        yield Suggestion(
-            "a lower rate", f"{len(log.spikes)} gradient spikes, the first at step {log.spikes[0]}", slower
-        )
-    if log.falls is False and not log.not_finite:
-        faster = (f"{section}.learning_rate={number(rate * 3)}",) if rate else ()
-        yield Suggestion("a higher rate", "the train loss does not fall", faster)
-    if log.still_falling:
-        longer = (f"{section}.epochs={number(epochs + 1)}",) if epochs else ()
-        yield Suggestion("more epochs", "validation was still falling at the end", longer)
-    yield from _about_steps(log, section, epochs)
-    yield from _about_validation(log, facts, section)
-
-
-def _about_steps(log: Log, section: str, epochs: float | None) -> Iterator[Suggestion]:
-    if len(log.steps) < FEW_STEPS and epochs and log.steps[-1].epoch >= epochs:
-        wanted = -(-FEW_STEPS * epochs // len(log.steps))
-        why = f"{len(log.steps)} steps teach little (under {FEW_STEPS}); or a smaller batch, or more rows"
-        yield Suggestion("more steps", why, (f"{section}.epochs={number(wanted)}",))
-    idle = len(log.without_rate)
-    if idle > max(1, 0.05 * len(log.steps)):
-        yield Suggestion("a shorter warm-up", f"{idle} steps had a rate of 0", (f"{section}.warmup_ratio=0.0",))
-
-
-def _about_validation(log: Log, facts: Facts, section: str) -> Iterator[Suggestion]:
-    held_out = facts.data.get("held_out")
-    rows = as_metric(held_out.get("rows")) if isinstance(held_out, dict) else None
-    if rows and not rows.value:
-        why = "no row is held out, so that overfitting cannot be seen"
-        yield Suggestion("held-out rows", why, ("training_data.validation.fraction=0.1",))
-    elif len(log.validations) < min(2, len(log.epochs)):
-        why = "without a validation an epoch, overfitting cannot be seen"
-        yield Suggestion("validation after each epoch", why, (f"{section}.evaluate_each_epoch=true",))
-
-
-def _setting(facts: Facts, section: str, key: str) -> float | None:
-    values = facts.configuration.get(section)
-    found = as_metric(values.get(key)) if isinstance(values, dict) else None
-    return found.value if found else None
 
 
 def _steps(steps: list[int]) -> str:

@@ -104,7 +104,10 @@ def difference(path: str, one: Side, other: Side) -> dict[str, Any] | None:
     ]
     if not shared:
         return None
-    change = statistics.paired([before[i] for i in shared], [after[i] for i in shared])
+    try:
+        change = statistics.paired([before[i] for i in shared], [after[i] for i in shared])
+    except OverflowError:  # values that no measurement gives
+        return None
     found: dict[str, Any] = change.delta.model_dump(exclude_none=True)
     found |= {
         "finding": _finding(path, change),

@@ -10,7 +10,6 @@ PARTS = {"value", "ci_low", "ci_high", "n", "before", "after", "delta", "unit"} 
 
 
 def figure_table(results: dict[str, Any]) -> list[str]:
-    """Columns that would be empty are left out."""
     found, leaves = metrics(results), dict(flat(results))
     rows = []
     for path, metric in found.items():
@@ -29,9 +28,7 @@ def figure_table(results: dict[str, Any]) -> list[str]:
                 "no difference shown" if delta and not excludes_0(delta) else "",
             )
         )
-    header = ("", "value", "change", "95 % interval", "n", "unit", "")
-    filled = [i for i in range(len(header)) if any(row[i] != "" for row in rows)]
-    return table([header[i] for i in filled], [[row[i] for i in filled] for row in rows])
+    return table(("", "value", "change", "95 % interval", "n", "unit", ""), rows)
 
 
 def besides(results: dict[str, Any]) -> Iterator[tuple[str, str]]:

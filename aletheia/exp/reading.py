@@ -106,18 +106,24 @@ def short_hash(digest: Any) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """An aligned table as lines, to stand inside a page; no lines where there are no rows. An empty header is left out."""
-    if not rows:
+    """An aligned table as lines, to stand inside a page; empty columns are left out, and a header without words."""
+    filled = [i for i in range(len(header)) if any(row[i] != "" for row in rows)]
+    if not filled:
         return []
+    body = [[row[i] for i in filled] for row in rows]
+    if any(header):
+        body.insert(0, [header[i] for i in filled])
     out = io.StringIO()
-    print_table(header if any(header) else rows[0], rows if any(header) else rows[1:], out)
+    print_table(body[0], body[1:], out)
     return out.getvalue().splitlines()
 
 
 def plain(value: Any) -> Any:
-    """As JSON can hold it: keys are text, and what is not finite is null."""
+    """As JSON can hold it: keys are text, what is not finite is null, and a lone surrogate is a question mark."""
     if isinstance(value, dict):
-        return {str(key): plain(child) for key, child in value.items()}
+        return {plain(str(key)): plain(child) for key, child in value.items()}
     if isinstance(value, list | tuple):
         return [plain(child) for child in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -55,21 +55,22 @@ def reproduce(workspace: Workspace, exp: str, dry_run: bool, as_json: bool) -> b
 
     Raises `UserError` for a record that cannot be run again at all, and `StageFailed` when the run itself fails.
     """
-    asked = list(_asked(workspace, find.named(workspace, exp)))
-    told: dict[str, Any] = {}
+    file = find.named(workspace, exp)
+    asked = list(_asked(workspace, file))
+    told: dict[str, Any] = {"id": file.id}
     with StopRequest().listening(), ExitStack() as stack:
         runs = [stack.enter_context(restored(workspace, file, facts)) for file, facts in asked]
         checks = [check for run in runs for check in run.checks]
         missing = failures(checks)
-        told |= {"id": exp, "can_be_restored": not missing, "checks": [asdict(check) for check in checks]}
+        told |= {"can_be_restored": not missing, "checks": [asdict(check) for check in checks]}
         if not as_json:
             print_checks(checks)
         if missing:
             told["why"] = (
-                f"{exp} cannot be reproduced here: {len(missing)} of {len(checks)} things it ran from are missing"
+                f"{file.id} cannot be reproduced here: {len(missing)} of {len(checks)} things it ran from are missing"
             )
         elif dry_run:
-            told["why"] = f"{exp} can be reproduced from here; nothing was run"
+            told["why"] = f"{file.id} can be reproduced from here; nothing was run"
         else:
             told["runs"] = [_again(workspace, run, as_json) for run in runs]
     if as_json:
@@ -205,6 +206,8 @@ def _figure(path: str, then: Metric | None, now: Metric | None) -> Compared:
         return Compared(path, *shown, "DIFFERENT")
     if then == now:
         return Compared(path, *shown, "equal")
+    if shown[0] == shown[1]:  # the difference is in later digits
+        shown = [repr(then.value), repr(now.value)]
     return Compared(path, *shown, "within" if _within(then, now) else "DIFFERENT")
 
 

@@ -108,7 +108,7 @@ def _found(record: Reading) -> Section:
 def _made_of(record: Reading) -> Section:
     facts = record.facts
     overrides = facts.overrides if facts else record.person.get("overrides")
-    yield "overrides", [f"{key} = {brief(value)}" for key, value in flat(overrides)]
+    yield "overrides", [f"{key} = {brief(value)}" for key, value in flat(overrides)] or wrapped(overrides)
     if facts is None:
         return
     yield "data", table(("", ""), list(_data(facts.data)))
@@ -192,12 +192,12 @@ def _ticked(step: Any) -> str:
 
 
 def _entry(value: Any) -> str:
-    """A criterion or a step in a line: its text, and in brackets what else is said of it."""
-    if not isinstance(value, dict) or not value:
+    """A criterion in a line: its text, and in brackets what else is said of it."""
+    said = [(key, short(child)) for key, child in value.items() if child is not None] if isinstance(value, dict) else []
+    if not said:
         return short(value)
-    first, *others = ((key, child) for key, child in value.items() if child not in (None, "", []))
-    aside = ", ".join(f"{key} {short(child)}" for key, child in others)
-    return f"{short(first[1])}{f' ({aside})' if aside else ''}"
+    aside = ", ".join(f"{key} {text}" for key, text in said[1:])
+    return f"{said[0][1]}{f' ({aside})' if aside else ''}"
 
 
 def _list(value: Any) -> list[Any]:

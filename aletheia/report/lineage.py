@@ -18,13 +18,13 @@ TITLES = ("base, data", "SFT", "DPO", "merge", "serve, eval")
 WIDTH, HEIGHT, ACROSS, DOWN, GAP, TOP = 186, 42, 236, 54, 18, 34  # a box, from box to box, between families; pixels
 # The figure by which a box is known: the first that the record has.
 FIGURES = (
-    ("eval_loss.delta", "loss"),
-    ("preference_accuracy", "accuracy"),
-    ("win_rate", "win-rate"),
-    ("eval_loss", "loss"),
-    ("receipt.modules", "modules checked"),
-    ("requests", "requests"),
-    ("rows", "rows"),
+    ("eval_loss.delta", "Δ loss {}"),
+    ("preference_accuracy", "accuracy {}"),
+    ("win_rate", "win-rate {}"),
+    ("eval_loss", "loss {}"),
+    ("receipt.modules", "{} modules checked"),
+    ("requests", "{} requests"),
+    ("rows", "{} rows"),
 )
 
 
@@ -54,7 +54,8 @@ class Edge:
 
     @property
     def path(self) -> str:
-        x1, y1, x2, y2 = self.start.x + WIDTH, self.start.y + HEIGHT / 2, self.end.x, self.end.y + HEIGHT / 2
+        height = HEIGHT * (0.75 if self.dashed else 0.5)
+        x1, y1, x2, y2 = self.start.x + WIDTH, self.start.y + height, self.end.x, self.end.y + height
         middle = (x1 + x2) / 2
         return f"M{x1} {y1:.0f}C{middle} {y1:.0f} {middle} {y2:.0f} {x2} {y2:.0f}"
 
@@ -90,19 +91,17 @@ def picture(project: Project) -> Picture:
     tops = [box for box in boxes.values() if box.id not in {c.id for b in boxes.values() for c in b.children}]
     y = float(TOP)
     for base, families in _by_base(tops).items():
-        begin = y
         for family in families:
             y = _place(family, y) + GAP
         if base:
-            base.y = (min(f.y for f in families) + max(f.y for f in families)) / 2
             drawn.boxes.append(base)
             drawn.edges += [Edge(base, family) for family in families]
-        y = max(y, begin + DOWN)
     drawn.boxes += boxes.values()
     drawn.edges += [
         Edge(boxes[taken], box) for box in boxes.values() for taken in _inputs(box.entry) if taken in boxes
     ]
     _add_snapshots(drawn, project)
+    _place_sources(drawn)
     return drawn
 
 
@@ -133,9 +132,9 @@ def _box(name: str, stage: str, line: str, entry: Entry | None = None) -> Box:
 
 
 def _figure(entry: Entry) -> str:
-    for path, name in FIGURES:
+    for path, form in FIGURES:
         if path in entry.metrics:
-            return f"{name} {figures.text(entry.metrics[path])}"
+            return form.format(figures.text(entry.metrics[path]))
     return ""
 
 
@@ -169,29 +168,36 @@ def _place(box: Box, y: float) -> float:
 
 
 def _add_snapshots(drawn: Picture, project: Project) -> None:
-    """Snapshots of the rows that drawn trainings learned from, below the bases."""
-    trainings = {box.id: digest for box in drawn.boxes if box.entry for digest in [_rows(box.entry)] if digest}
-    below = max((box.y + DOWN for box in drawn.boxes if box.column == 0), default=float(TOP))
-    taken: set[str] = set()
+    """Snapshots of the rows that drawn trainings learned from: of two with the same rows, the later one before it."""
+    waiting = {box.id: (box, digest) for box in drawn.boxes if box.entry for digest in [_rows(box.entry)] if digest}
     for snapshot in project.entries:
         if snapshot.stage != "data" or snapshot.facts is None:
             continue
         digests = set(_hashes(snapshot.facts.data))
         users = [
             box
-            for box in drawn.boxes
-            if trainings.get(box.id) in digests
-            and box.id not in taken
-            and project.age[box.id] < project.age[snapshot.id]  # it was there before
+            for box, digest in waiting.values()
+            if digest in digests and project.age[box.id] < project.age[snapshot.id]
         ]
-        if not users:
-            continue
-        box = _box(snapshot.id, "data", _figure(snapshot), snapshot)
-        box.y = max(below, min(user.y for user in users))
-        below = box.y + DOWN
-        taken |= {user.id for user in users}
-        drawn.boxes.append(box)
-        drawn.edges += [Edge(box, user, dashed=True) for user in users]
+        if users:
+            box = _box(snapshot.id, "data", _figure(snapshot), snapshot)
+            drawn.boxes.append(box)
+            drawn.edges += [Edge(box, user, dashed=True) for user in users]
+            waiting = {name: of for name, of in waiting.items() if of[0] not in users}
+
+
+def _place_sources(drawn: Picture) -> None:
+    """Bases and snapshots stand beside the middle of what came from them, one below the other."""
+
+    def middle(box: Box) -> float:
+        ends = [edge.end.y for edge in drawn.edges if edge.start is box]
+        return (min(ends) + max(ends)) / 2
+
+    y = float(TOP)
+    for box in sorted((edge.start for edge in drawn.edges if edge.start.column == 0), key=middle):
+        if not box.y:
+            box.y = y = max(y, middle(box))
+            y += DOWN
 
 
 def _rows(entry: Entry) -> str:

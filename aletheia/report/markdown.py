@@ -18,3 +18,7 @@ def _lines(project: Project) -> Iterator[str]:
     counts = ", ".join(f"{count} {kind}" for kind, count in project.counts.items())
     yield from (MARK, f"# {_text(project.name)}: experiments", "")
     yield from (f"Written {project.written}. {len(project.entries)} records{f': {counts}' if counts else ''}.", "")
+
+
+def _text(value: Any) -> str:
+    return str(value)

@@ -56,7 +56,7 @@
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("--muted") },
       hoverlabel: { bgcolor: colour("--panel"), bordercolor: colour("--line"), font: { color: colour("--ink"), size: 12 }, align: "left" },
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 } },
-      hovermode: "closest", ...more, xaxis: { ...axis, ...more.xaxis }, yaxis: { ...axis, ...more.yaxis },
+      hovermode: "closest", dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", ...more, xaxis: { ...axis, ...more.xaxis }, yaxis: { ...axis, ...more.yaxis },
     };
   }
 
@@ -99,8 +99,9 @@
 
   function trend(points) {
     const newest = points.slice(-TREND_POINTS);
-    const profiles = [...new Set(points.map((point) => point[2]))];
-    const groups = profiles.map((profile, place) => {
+    const profiles = [...new Set(newest.map((point) => point[2]))];
+    const groups = profiles.map((profile) => {
+      const place = island("trends-data").profiles.indexOf(profile); // the same colour in every chart
       const own = newest.filter((point) => point[2] === profile);
       const line = { y: own.map((p) => p[3]), low: own.some((p) => p[4] !== null) ? own.map((p) => p[4]) : null, high: own.map((p) => p[5]) };
       const tint = ofPalette(place);
@@ -122,13 +123,13 @@
   function draw(element, build) {
     drawn.set(element, build);
     const [data, style] = build();
-    Plotly.react(element, data, style, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] });
+    Plotly.react(element, data, style, { responsive: true, displayModeBar: false });
   }
 
   function drawFromPage(element) {
     if (drawn.has(element)) return;
     const { source, at } = element.dataset;
-    draw(element, source === "trends" ? () => trend(island("trends-data")[at]) : () => curves(island(source)[at]));
+    draw(element, source === "trends" ? () => trend(island("trends-data").trends[at].points) : () => curves(island(source)[at]));
   }
 
   const watcher = new IntersectionObserver((changes) => {
@@ -225,8 +226,8 @@
 
     function showFigure(name) {
       const found = new Map();
-      for (const [of, points] of Object.entries(name ? island("trends-data") : {}))
-        if (of.slice(of.indexOf("/") + 1) === name) for (const point of points) found.set(point[0], point.slice(3));
+      for (const { figure, points } of Object.values(island("trends-data").trends))
+        if (figure === name) for (const point of points) found.set(point[0], point.slice(3));
       const head = find("th.figure", table);
       head.hidden = !name;
       find("button", head).textContent = name;

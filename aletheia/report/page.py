@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -98,8 +99,11 @@ def page(project: Project, folder: Path) -> str:
         attention=[entry for entry in project.entries if entry.problems],
         totals=totals(project),
         trends=found,
-        trend_data={f"{t.stage}/{t.figure}": t.points() for of_stage in found.values() for t in of_stage},
-        figure_names=list(dict.fromkeys(t.figure for of_stage in found.values() for t in of_stage)),
+        trend_data={
+            "profiles": list(dict.fromkeys(entry.profile for entry in reversed(project.entries))),
+            "trends": {f"{t.stage}/{t.figure}": {"figure": t.figure, "points": t.points()} for t in chain(*found.values())},
+        },
+        figure_names=list(dict.fromkeys(t.figure for t in chain(*found.values()))),
         picture=picture(project),
         box=(WIDTH, HEIGHT),
         judged=[entry for entry in project.entries if entry.facts and entry.facts.verdict],

@@ -56,7 +56,7 @@ class Entry:
 
     @property
     def profile(self) -> str:
-        return self.facts.profile if self.facts else text(self.person.get("profile")) or "?"
+        return self.facts.profile if self.facts else text(self.person.get("profile"))
 
     @property
     def description(self) -> str:
@@ -158,14 +158,15 @@ def read_entry(workspace: Workspace, path: Path, whole: bool = True) -> Entry:
     try:
         reading = entry.file.read()
     except UserError as error:
-        entry.status, entry.problems = "unreadable", [str(error)]
+        entry.status, entry.problems = "unreadable", [str(error).replace(f"{workspace.root}/", "")]
         return entry
     facts, entry.person = reading.facts, reading.person
     if facts is not None:
         entry.status, entry.figures, entry.metrics = liveness(facts), figures(facts), metrics(facts.results)
         entry.facts = facts if whole else facts.model_copy(update=_BULK)
-    if reading.damage:
+    if reading.damage or (reading.mistake and facts is None):
         entry.status = "unreadable"
+    if reading.damage:
         entry.problems.append(f"the part below the line: {reading.damage}")
     if reading.mistake:
         entry.problems.append(f"the part above the line: {reading.mistake}")
@@ -176,7 +177,8 @@ def read_entry(workspace: Workspace, path: Path, whole: bool = True) -> Entry:
     if reading.edited:
         entry.problems.append(reading.edited)
     for aside in sorted(entry.file.folder.glob("edited-below-*.yaml")):
-        entry.problems.append(f"was edited below the line; the edit was undone and is kept in {workspace.shown(aside)}")
+        entry.problems.append(f"was edited below the line; the edit was undone and is kept in {aside}")
+    entry.problems = [problem.replace(f"{workspace.root}/", "") for problem in entry.problems]
     return entry
 
 

@@ -10,15 +10,16 @@ DRAWN = 1000  # records in a chart
 
 @dataclass(frozen=True)
 class Trend:
-    """Records oldest first. `sure`: some of the figures carry an interval."""
+    """Records oldest first. `main`: some of the figures carry an interval, and they are not what was before a change."""
 
     stage: str
     figure: str
     entries: list[Entry]
 
     @property
-    def sure(self) -> bool:
-        return any(entry.metrics[self.figure].ci_low is not None for entry in self.entries)
+    def main(self) -> bool:
+        sure = any(entry.metrics[self.figure].ci_low is not None for entry in self.entries)
+        return sure and not self.figure.endswith(".before")
 
     @property
     def note(self) -> str:
@@ -32,7 +33,7 @@ class Trend:
 
 
 def trends(project: Project) -> dict[str, list[Trend]]:
-    """By stage; in each, figures with an interval first."""
+    """By stage, in the order the records have them."""
     found: dict[tuple[str, str], list[Entry]] = {}
     for entry in reversed(project.entries):
         for figure in entry.metrics:
@@ -41,4 +42,4 @@ def trends(project: Project) -> dict[str, list[Trend]]:
     for (stage, figure), entries in found.items():
         if len(entries) >= 2:
             stages.setdefault(stage, []).append(Trend(stage, figure, entries))
-    return {stage: sorted(of_stage, key=lambda trend: not trend.sure) for stage, of_stage in sorted(stages.items())}
+    return dict(sorted(stages.items()))

@@ -71,10 +71,10 @@ def entries(workspace: Workspace) -> list[Entry]:
         return []
     stamps = {path.name: stamp for path in paths if (stamp := _stamp(path, now))}
     store = workspace.experiments / ".index.sqlite"
-    rows, found = _load(store), {}
-    for name, stamp in stamps.items():
-        known, text = rows.get(name, (None, ""))
-        if known == stamp and (entry := _parse(text)) and f"{entry.id}.yaml" == name:
+    rows = _load(store)
+    found: dict[str, Entry] = {}
+    for name, (stamp, text) in rows.items():
+        if name in stamps and stamps[name] == stamp and (entry := _parse(text)) and f"{entry.id}.yaml" == name:
             found[name] = entry
     unread = [path for path in paths if path.name not in found]
     changes: Rows = {}

@@ -272,7 +272,7 @@ class Person(Part):
     marks: Prose = _key("Marks on the configuration.", ["bf16", "flash-attention"])
     search: Search | str | None = _key("How hyperparameters were searched for.", {"method": "random", "trials": 40})
     ablations: Prose = _key("What is left out or changed one at a time, done or planned.")
-    metrics: list[MetricRow] | dict[str, Any] | None = _key(
+    metrics: list[str | MetricRow] | dict[str, Any] | None = _key(
         "Figures, by name or as the rows of a table.", {"f1": 0.87}, [{"name": "f1", "value": 0.87, "target": 0.85}]
     )
     epochs: Epochs | None = _key(

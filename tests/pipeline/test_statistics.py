@@ -2,6 +2,7 @@
 
 import math
 import random
+from math import comb
 
 import numpy as np
 import pytest
@@ -73,7 +74,39 @@ def test_paired_shares_have_proportions_at_their_ends() -> None:
     before, after = [0.0, 0.0, 1.0, 0.0, 1.0], [1.0, 0.0, 1.0, 1.0, 0.0]
     result = paired(before, after, shares=True)
     assert (result.before, result.after) == (proportion(2, 5), proportion(3, 5))
-    assert result.delta == paired(before, after).delta
+    assert result.delta.value == paired(before, after).delta.value
+
+
+def test_paired_shares_that_all_stayed_or_all_changed_keep_an_uncertainty() -> None:
+    """A t interval has no width there; published for b = c = 0, n = 8: 0 ± 1.96·√(1/100)."""
+    stayed, changed = (paired([0.0] * 8, [end] * 8, shares=True).delta for end in (0.0, 1.0))
+    assert (stayed.ci_low, stayed.ci_high) == (pytest.approx(-0.196, abs=1e-3), pytest.approx(0.196, abs=1e-3))
+    assert changed.ci_low is not None
+    assert 0.4 < changed.ci_low < 0.9
+
+
+@pytest.mark.parametrize("chances", [(0.1, 0.1), (0.05, 0.02), (0.3, 0.1), (0.0, 0.02)])
+def test_paired_shares_interval_covers_the_truth_in_95_of_100_runs(chances: tuple[float, float]) -> None:
+    """Exact, over all outcomes of 20 rows, of which `chances` gain and lose."""
+    gain, lose = chances
+    covered = 0.0
+    for gained in range(21):
+        for lost in range(21 - gained):
+            probability = (
+                comb(20, gained) * comb(20 - gained, lost) * gain**gained * lose**lost
+                * (1 - gain - lose) ** (20 - gained - lost)
+            )  # fmt: skip
+            before = [0.0] * gained + [1.0] * lost + [1.0] * (20 - gained - lost)
+            after = [1.0] * gained + [0.0] * lost + [1.0] * (20 - gained - lost)
+            delta = paired(before, after, shares=True).delta
+            assert delta.ci_low is not None and delta.ci_high is not None
+            covered += probability * (delta.ci_low <= gain - lose <= delta.ci_high)
+    assert covered > 0.94
+
+
+def test_values_without_spread_give_no_interval() -> None:
+    assert mean([0.5] * 5) == Figure(value=0.5, n=5)
+    assert Change(before=mean([1.0]), after=mean([1.0]), delta=mean([0.1] * 9)).verdict(False) == "no difference shown"
 
 
 def test_paired_rows_that_do_not_belong_together_are_refused() -> None:

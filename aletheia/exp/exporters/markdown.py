@@ -14,22 +14,19 @@ from urllib.parse import quote
 
 from aletheia.exp.exporters.page import label, place, plain, render, write_page
 from aletheia.exp.exporters.record import besides, moment, pictures, texts
-from aletheia.exp.figures import excludes_0
-from aletheia.exp.reading import flat, interval, number
+from aletheia.exp.exporters.tables import changes, one_line, settings, values
+from aletheia.exp.reading import flat
 from aletheia.summary import figures as key_figures
 from pipeline.errors import UserError
 from pipeline.progress import duration, say
 from pipeline.records import find
 from pipeline.records.file import Reading, RecordFile
 from pipeline.records.lifecycle import liveness
-from pipeline.records.metrics import Metric, metrics
 from pipeline.records.schema import Facts, Verdict
 from pipeline.workspace import Workspace
 
 TITLE = 100  # characters of a description that fits into the heading
 STARTS_FROM = {"sft": "the base", "eval": "the base", "dpo": "the SFT policy, its reference"}
-SECTIONS = {"sft": "sft_config", "dpo": "dpo_config", "merge": "merge_config", "serve": "serve_config", "eval": "eval_config"}
-GENERAL = ("base_model", "revision", "device", "precision", "quantization", "seed")
 # Above the line, what has a place of its own on the page …
 PLACED = ("experiment_id", "date", "description", "hypothesis")
 # … or stands there as the run took it up, and again only where it differs.
@@ -65,8 +62,8 @@ def page(workspace: Workspace, file: RecordFile, reading: Reading, folder: Path)
         setup=list(_setup(facts, person)),
         record_link=_link(file.path, folder),
         changes_are=_changes_are(facts) if facts else "",
-        changes=list(_changes(results)),
-        figures=list(_figures(results)),
+        changes=list(changes(results)),
+        figures=list(values(results)),
         besides=besides(results),
         parts=list(_parts(workspace, facts, folder)),
         curves=[(_link(p, folder), purpose) for p, purpose in pictures(file, workspace, facts)] if facts else [],
@@ -123,57 +120,17 @@ def _criteria(verdict: Verdict) -> Iterator[list[Any]]:
 def _setup(facts: Facts | None, person: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     if facts is None:
         for key in TAKEN_UP[:3]:
-            yield from ((name, _short(value)) for name, value in flat({key: person.get(key)}) if value not in (None, {}, []))
+            yield from (
+                (name, one_line(value)) for name, value in flat({key: person.get(key)}) if value not in (None, {}, [])
+            )
         return
-    base = facts.lineage.base or {}
-    if base:
-        revision = base.get("revision")
-        yield "base", f"{base.get('name')} at {revision}" if revision else f"{base.get('name')}, a local model"
-    general = {key: facts.configuration[key] for key in GENERAL if key in facts.configuration}
-    section = facts.configuration.get(SECTIONS.get(facts.stage, ""))
-    for key, value in [*flat(general), *flat(section)]:
-        yield key, _short(value)
-    domains: dict[str, list[str]] = {}
-    for key, value in flat(facts.data):
-        part, found, domain = key.partition(".domains.")
-        if found:
-            domains.setdefault(part, []).append(f"{domain} {_short(value)}")
-        else:
-            yield f"data: {key}", _short(value)
-    for part, counts in domains.items():
-        yield f"data: {part}.domains", ", ".join(counts)
-    for key, value in facts.overrides.items():
-        yield f"set by hand: {key}", _short(value)
+    yield from settings(facts)
 
 
 def _changes_are(facts: Facts) -> str:
     start = STARTS_FROM.get(facts.stage, "what it is compared with")
     against = facts.results.get("against")
     return f"Before: {start}{f' ({against})' if isinstance(against, str) else ''}; after: this record. Paired on the same rows."
-
-
-def _changes(results: dict[str, Any]) -> Iterator[list[str]]:
-    found = metrics(results)
-    for path, after in found.items():
-        before, delta = found.get(f"{path}.before"), found.get(f"{path}.delta")
-        if before and delta:
-            ends = (number(before.value), number(after.value), number(delta.value, "+"))
-            yield [path, *ends, interval(delta, "+"), _n(delta), _reading(delta)]
-
-
-def _figures(results: dict[str, Any]) -> Iterator[list[str]]:
-    """All but those of the changes' table; of these the ends' own intervals."""
-    for path, metric in metrics(results).items():
-        if not path.endswith(".delta"):
-            yield [path, number(metric.value), interval(metric), _n(metric)]
-
-
-def _reading(delta: Metric) -> str:
-    if delta.ci_low is None or delta.ci_high is None:
-        return "no interval: shows nothing"
-    if not excludes_0(delta):
-        return "no difference shown"
-    return "rose" if delta.value > 0 else "fell"
 
 
 def _parts(workspace: Workspace, facts: Facts | None, folder: Path) -> Iterator[dict[str, Any]]:
@@ -220,17 +177,17 @@ def _lineage(workspace: Workspace, facts: Facts, folder: Path) -> Iterator[str]:
 def _reproduce(file: RecordFile, facts: Facts) -> Iterator[str]:
     commit, patch = facts.code.get("commit"), facts.code.get("patch")
     if commit:
-        yield f"git checkout {_short(commit)}"
+        yield f"git checkout {one_line(commit)}"
     else:
-        yield f"# the commit is not known: {_short(facts.code.get('reason')) or 'it was not recorded'}"
+        yield f"# the commit is not known: {one_line(facts.code.get('reason')) or 'it was not recorded'}"
     if isinstance(patch, dict):
         redacted = "   # secrets were taken out of it: it may not apply" if patch.get("redacted") else ""
-        yield f"git apply experiments/{_short(patch.get('path'))}{redacted}"
+        yield f"git apply experiments/{one_line(patch.get('path'))}{redacted}"
     elif facts.code.get("dirty"):
         yield "# there were files that git did not know; they are not kept"
     yield f"aletheia exp reproduce {file.id}"
     if facts.code.get("command"):
-        yield f"# it was run as: {_short(facts.code['command'])}"
+        yield f"# it was run as: {one_line(facts.code['command'])}"
 
 
 def _made_with(facts: Facts) -> Iterator[tuple[str, Any]]:
@@ -238,7 +195,7 @@ def _made_with(facts: Facts) -> Iterator[tuple[str, Any]]:
     if history and moment(history[0].at):
         yield "ran", f"{history[0].at} to {history[-1].at}" if len(history) > 1 else f"from {history[0].at}"
     for name, value in [*flat(facts.environment), *flat(facts.resources)]:
-        yield name, _short(value)
+        yield name, one_line(value)
 
 
 def _written(facts: Facts | None, person: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -254,19 +211,6 @@ def _written(facts: Facts | None, person: dict[str, Any]) -> Iterator[tuple[str,
     for key in [*known, *(key for key in person if key not in FIRST)]:
         if key not in PLACED and key not in shown and person[key] not in (None, "", [], {}):
             yield label(key), person[key]
-
-
-def _n(metric: Metric) -> str:
-    return "" if metric.n is None else str(metric.n)
-
-
-def _short(value: Any) -> str:
-    """Any value in one line, whole."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, list):
-        return ", ".join(map(_short, value))
-    return "" if value is None else " ".join(str(value).split())
 
 
 def _link(path: Path, folder: Path) -> str:

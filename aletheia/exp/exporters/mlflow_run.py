@@ -94,7 +94,9 @@ def _in_one_line(uri: str) -> Iterator[None]:
 
 def _client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the default asks a server that is not there for minutes
+    os.environ.setdefault(
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"
+    )  # the default asks a server that is not there for minutes
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)  # a new database's tables, one by one
@@ -184,7 +186,9 @@ def _fill(client: Any, run: str, record: Finished) -> None:
         points += [(f"log/{name}", value, step) for name, value in values.items()]
     infinite = [name for name, value, _ in points if math.isinf(value)]
     if infinite:  # MLflow would store the largest number there is
-        say(f"note: {len(infinite)} infinite values ({', '.join(sorted(set(infinite)))}) are in the artifact log.jsonl only")
+        say(
+            f"note: {len(infinite)} infinite values ({', '.join(sorted(set(infinite)))}) are in the artifact log.jsonl only"
+        )
     names = _names((name for name, _, _ in points), record)
     metrics = [Metric(names[name], value, at, step) for name, value, step in points if not math.isinf(value)]
     for batch in _batches(metrics, METRICS_A_BATCH):
@@ -224,7 +228,9 @@ def _fitting(text: str, limit: int, name: str, record: Finished) -> str:
     """The text where it fits, else where it stands whole."""
     if len(text) <= limit:
         return text
-    say(f"note: {record.id}: {name} is longer than MLflow's {limit} characters; it stands in the artifact {record.file.path.name}")
+    say(
+        f"note: {record.id}: {name} is longer than MLflow's {limit} characters; it stands in the artifact {record.file.path.name}"
+    )
     return f"{len(text)} characters, more than MLflow keeps: see the artifact {record.file.path.name}"
 
 

@@ -75,7 +75,9 @@ def write_page(workspace: Workspace, path: Path, text: str, force: bool, facts: 
     shown = workspace.shown(path)
     kept = {workspace.path(artifact.path).resolve() for artifact in facts.artifacts} if facts else set()
     if path.resolve() in kept:
-        raise UserError("is an artifact of the record, whose hash would no longer be true", where=shown, remedy="--output elsewhere")
+        raise UserError(
+            "is an artifact of the record, whose hash would no longer be true", where=shown, remedy="--output elsewhere"
+        )
     if path.resolve().parent == workspace.experiments.resolve() and path.suffix in (".yaml", ".yml"):
         raise UserError("is a record's place", where=shown, remedy="--output elsewhere")
     if path.exists() and not force:

@@ -48,8 +48,12 @@ def export_wandb(workspace: Workspace, exp: str, output: Path | None, force: boo
         run = runs[record.id]
         if record.id in earlier:
             shutil.rmtree(earlier[record.id], ignore_errors=True)
-            say(f"the earlier run {workspace.shown(earlier[record.id])} is removed; what was synced of it is still at W&B")
-        record.note_external("wandb", {"path": workspace.shown(run), "project": record.facts.profile, "run_id": _id(run)})
+            say(
+                f"the earlier run {workspace.shown(earlier[record.id])} is removed; what was synced of it is still at W&B"
+            )
+        record.note_external(
+            "wandb", {"path": workspace.shown(run), "project": record.facts.profile, "run_id": _id(run)}
+        )
     say(f"to upload: wandb sync {shlex.join(map(str, runs.values()))}")
     return "\n".join(workspace.shown(run) for run in runs.values())
 
