@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from pipeline.errors import UserError
 from pipeline.records import criteria
 from pipeline.records.capture import redact
-from pipeline.records.person import KEYS, Person, StageName
+from pipeline.records.person import KEYS, Person
 from pipeline.records.schema import Status
 
 NAMES = {  # our key, or a key inside it, and what others call it
@@ -92,7 +92,12 @@ INNER = {  # the same inside one of our keys
         "unexpected": "surprises what_surprised_me",
     },
     "artifact_uris": {"uri": "url location link", "name": "artifact"},
-    "conditions": {"samples": "sample_count n_samples sample_size", "criteria": "selection_criteria"},
+    "baselines": {"name": "baseline model system", "delta": "difference"},
+    "conditions": {
+        "name": "condition arm",
+        "samples": "sample_count n_samples sample_size",
+        "criteria": "selection_criteria",
+    },
     "journal": {
         "date": "day",
         "learned": "what_i_learned learnings lessons",
@@ -105,11 +110,17 @@ INNER = {  # the same inside one of our keys
         "name": "metric measure",
         "value": "result score actual achieved observed",
         "target": "goal threshold",
+        "unit": "units",
         "status": "pass met",
         "notes": "note comment comments remarks",
     },
     "next_steps": {"step": "task action item", "done": "completed"},
-    "search": {"space": "search_space", "method": "tuning_method algorithm", "trials": "n_trials", "best": "best_trial"},
+    "search": {
+        "space": "search_space",
+        "method": "tuning_method algorithm",
+        "trials": "n_trials",
+        "best": "best_trial",
+    },
     "splits": {
         "train": "train_size n_train",
         "validation": "val valid dev validation_size val_size",
@@ -117,9 +128,12 @@ INNER = {  # the same inside one of our keys
         "strategy": "split_strategy",
         "seed": "random_seed split_seed",
     },
+    "variables": {"name": "variable factor", "values": "range levels options"},
     "visualizations": {"path": "file plot figure image filename", "purpose": "description caption what_it_shows shows"},
 }
-ROWS = {"artifact_uris", "conditions", "journal", "metrics", "next_steps", "visualizations"}  # names in each item
+ROWS = {  # what holds a list: INNER is about each item
+    "artifact_uris", "baselines", "conditions", "journal", "metrics", "next_steps", "variables", "visualizations",
+}  # fmt: skip
 GROUPS = {  # headings over several of our keys; what is left of them goes there
     "experiment": None,
     "experiment_info": None,
@@ -138,7 +152,7 @@ PLACEHOLDER = re.compile(
     r"|<[^<>@:]*( |fill|name|date|todo|tbd|your|insert|here)[^<>@:]*>",
     re.IGNORECASE,
 )
-_NUMBER = r"[-+]?(?:0|[1-9]\d*)(?:\.\d*[1-9])?(?:[eE][-+]?\d{1,3})?"  # no `3.10` and no `007`: they are names
+_NUMBER = r"[-+]?(?:0|[1-9]\d*)(?:\.0|\.\d*[1-9])?(?:[eE][-+]?\d{1,3})?"  # no `3.10` and no `007`: they are names
 _RANGE = re.compile(rf"({_NUMBER})\s*(?:-|–|—|to|\.\.)\s*({_NUMBER})")
 _STAGE_OF_LIFE: tuple[tuple[Status, str], ...] = (
     ("failed", r"fail|crash|abort|error|out of memory|\boom\b|❌"),
@@ -216,11 +230,13 @@ class _Placing:
             key = GROUPS[name]
         if name == "status" and not isinstance(value, dict | list) and self.placed.status_text is None:
             self._status(str(value))
+        remarks = len(self.placed.remarks)
         clean = self._clean(value, path, ranges=key not in VERBATIM)
         if key and self._put(key, self._shaped(key, clean, path)):
             return
-        if rest and not isinstance(clean, str) and self._put(f"{rest}.{path[-1]}", clean):
+        if rest and self._put(f"{rest}.{path[-1]}", clean):
             return
+        del self.placed.remarks[remarks:]  # it is kept as it was written
         self._keep(path, value, fits=key is None)
 
     def result(self) -> Placed:
@@ -230,7 +246,7 @@ class _Placing:
         if placed.status_text is None and _is_plan(placed.person):
             placed.status = "planned"
         for name, text in self.log.outside.items():
-            placed.unplaced[name] = _redacted(text)
+            placed.unplaced[name] = self._secretless(text, (name,))
         notes = placed.person.pop("notes", None)
         if placed.unplaced:
             own = notes if isinstance(notes, dict) else {} if notes is None else {"notes": notes}
@@ -245,6 +261,8 @@ class _Placing:
         if within:
             value = {within: value}
         person = self.placed.person
+        if value is None and person.get(outer) is not None:
+            return True
         joined = _joined(person[outer], value) if person.get(outer) is not None else value
         if joined is None and value is not None:
             return False
@@ -260,11 +278,13 @@ class _Placing:
         if not fits:
             self.placed.remarks.append(f"{name}: does not fit `{target(path[-1]) or GROUPS.get(plain(path[-1]))}`")
         source = self.log.sources.get(path)
-        self.placed.unplaced[name] = self._secretless(value, path) if source is None else _redacted(source)
+        self.placed.unplaced[name] = self._secretless(value if source is None else source, path)
 
     def _status(self, text: str) -> None:
         self.placed.status_text = text
-        found = [(m.start(), status) for status, words in _STAGE_OF_LIFE if (m := re.search(words, text, re.IGNORECASE))]
+        found = [
+            (m.start(), status) for status, words in _STAGE_OF_LIFE if (m := re.search(words, text, re.IGNORECASE))
+        ]
         self.placed.status = min(found)[1] if found else "complete"
 
     def _shaped(self, key: str, value: Any, path: tuple[str, ...]) -> Any:
@@ -290,7 +310,9 @@ class _Placing:
         day = as_date(value)
         written = str(value)
         if day is None:
-            self.placed.remarks.append(f"{'.'.join(path)}: `{written}` is no date that can mean only one day; kept as a note")
+            self.placed.remarks.append(
+                f"{'.'.join(path)}: `{written}` is no date that can mean only one day; kept as a note"
+            )
             self.placed.unplaced[".".join(path)] = value
         elif written != str(day):
             self.placed.remarks.append(f"{'.'.join(path)}: `{written}` is read as {day}")
@@ -314,7 +336,8 @@ class _Placing:
     def _clean(self, value: Any, path: tuple[str, ...], ranges: bool = True) -> Any:
         if isinstance(value, dict):
             return {
-                str(k): self._clean(v, (*path, str(k)), ranges and plain(str(k)) not in VERBATIM) for k, v in value.items()
+                str(k): self._clean(v, (*path, str(k)), ranges and plain(str(k)) not in VERBATIM)
+                for k, v in value.items()
             }
         if isinstance(value, list):
             return [self._clean(item, (*path, str(number)), ranges) for number, item in enumerate(value, 1)]
@@ -361,7 +384,11 @@ def as_date(value: Any) -> dt.date | None:
     text = re.sub(r"(?<=\d)(st|nd|rd|th)\b", "", str(value).strip())
     slashed = re.fullmatch(r"(\d{1,2})/(\d{1,2})/(\d{4})", text)
     if slashed and (int(slashed[1]) > 12) != (int(slashed[2]) > 12):
-        text = f"{slashed[1]}.{slashed[2]}.{slashed[3]}" if int(slashed[1]) > 12 else f"{slashed[2]}.{slashed[1]}.{slashed[3]}"
+        text = (
+            f"{slashed[1]}.{slashed[2]}.{slashed[3]}"
+            if int(slashed[1]) > 12
+            else f"{slashed[2]}.{slashed[1]}.{slashed[3]}"
+        )
     if re.match(r"\d{4}-?\d{2}-?\d{2}", text):
         try:
             return dt.date.fromisoformat(text) if len(text) <= 10 else dt.datetime.fromisoformat(text)
@@ -382,14 +409,19 @@ def _day_of_id(foreign_id: str) -> dt.date | None:
 
 def _is_plan(person: dict[str, Any]) -> bool:
     """An experiment with nothing found yet whose id or date is still open."""
-    found = any(person.get(key) for key in ("metrics", "epochs", "observations", "analysis", "conclusion", "learnings", "journal"))
+    found = any(
+        person.get(key)
+        for key in ("metrics", "epochs", "observations", "analysis", "conclusion", "learnings", "journal")
+    )
     undated = "date" in person and person["date"] is None
     return not found and (undated or "XX" in str(person.get("foreign_id", "")))
 
 
 def _renamed(key: str, values: dict[str, Any]) -> dict[str, Any]:
     """Keys that are known inside one of ours, unless ours stands there too."""
-    return {new if (new := inner(key, name)) == name or new not in values else name: value for name, value in values.items()}
+    return {
+        new if (new := inner(key, name)) == name or new not in values else name: value for name, value in values.items()
+    }
 
 
 def _joined(first: Any, second: Any) -> Any:
@@ -416,7 +448,3 @@ def _criterion(item: Any) -> str | dict[str, Any] | None:
     except (UserError, ValidationError):
         return None
     return item
-
-
-def _redacted(text: str) -> str:
-    return redact(text)

@@ -86,22 +86,22 @@ def list_records(workspace: Workspace, filters: Filters, sort: str | None, limit
     wanted = [criteria.parse(text, "--where") for text in filters.where]
     since, until = _date(filters.since, "--since"), _date(filters.until, "--until")
     rows = every = _rows(index.entries(workspace))
-    if not every:
-        say(f"no records in {workspace.shown(workspace.experiments)} yet; try make demo")
-    else:
+    if every:
         _check_names(filters, every)
         rows = _matching(every, filters, since, until)
         for criterion in wanted:
             rows = _where(rows, criterion, every)
         rows = _sorted(rows, sort, every) if sort else rows
+    if not rows:
+        folder = workspace.shown(workspace.experiments)
+        say(f"none of {len(every)} records is like that" if every else f"no records in {folder} yet; try make demo")
     if limit is None and not as_json and sys.stdout.isatty():
         limit = PAGE
     shown = rows[:limit]
     if as_json:
         print_json([_as_json(row) for row in shown])
     elif shown:
-        asked = [criterion.path for criterion in wanted] + ([sort.removeprefix("-")] if sort else [])
-        _print_table(shown, list(dict.fromkeys(asked)))
+        _print_table(shown, [path for path in (*(c.path for c in wanted), (sort or "").removeprefix("-")) ...])
     if len(shown) < len(rows):
         say(f"note: {len(rows) - len(shown)} more; --limit {len(rows)} shows all")
 
@@ -139,8 +139,8 @@ def _check_names(filters: Filters, every: list[Row]) -> None:
 
 
 def _near(name: str, names: Iterable[str]) -> str:
-    """Those that may have been meant; where none is near, what there is."""
-    return ", ".join(difflib.get_close_matches(name, names, 3) or sorted(names)[:10])
+    """Those that may have been meant; where none is near, some that there are."""
+    return ", ".join(difflib.get_close_matches(name, names, 3, cutoff=0.4) or sorted(names)[:8])
 
 
 def _matching(every: list[Row], filters: Filters, since: str | None, until: str | None) -> list[Row]:

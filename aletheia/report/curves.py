@@ -6,7 +6,6 @@ finite or stands twice is said beside the charts.
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -54,7 +53,7 @@ def read_log(path: Path) -> Log | None:
     """None where there is no log."""
     log = Log()
     unreadable, again = 0, 0
-    not_finite: Counter[str] = Counter()
+    not_finite: dict[str, list[float]] = {}
     seen: set[tuple[float, bool]] = set()
     try:
         with path.open(encoding="utf-8", errors="replace") as lines:
@@ -75,14 +74,15 @@ def read_log(path: Path) -> Log | None:
                         for layer, norm in value.items():
                             _put(log.layers.setdefault(layer, {}), step, norm)
                     elif not _put(log.values.setdefault(key, {}), step, value):
-                        not_finite[key] += 1
+                        not_finite.setdefault(key, []).append(step)
     except OSError as error:
         return None if isinstance(error, FileNotFoundError) else Log(notes=[f"{path.name}: {error.strerror}"])
     if unreadable:
-        log.notes.append(f"{unreadable:,} lines of {path.name} could not be read")
+        log.notes.append(f"lines of {path.name} that could not be read: {unreadable:,}")
     if again:
-        log.notes.append(f"{again:,} steps stand in it twice (a resume): the later one is drawn")
-    log.notes += [f"{key} is no finite number {count:,} times" for key, count in not_finite.items()]
+        log.notes.append(f"steps that stand in {path.name} twice (a resume), of which the later is drawn: {again:,}")
+    for key, steps in not_finite.items():
+        log.notes.append(f"{key} is no finite number at step {_short(steps[0])}{_others(len(steps) - 1)}")
     return log
 
 
@@ -120,6 +120,10 @@ def _put(curve: dict[float, float], step: float, value: Any) -> bool:
     except OverflowError:
         return False
     return True
+
+
+def _others(count: int) -> str:
+    return f" and {count:,} later" if count else ""
 
 
 def _line(name: str, key: str, log: Log) -> dict[str, Any]:

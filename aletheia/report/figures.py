@@ -4,10 +4,11 @@
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from pipeline.records.metrics import Metric
+from aletheia.exp.reading import flat
+from pipeline.records.metrics import Metric, metrics
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Row:
     value: Metric
     before: Metric | None = None
     change: Metric | None = None
+    unit: str = ""
 
     @property
     def reading(self) -> str:
@@ -29,12 +31,16 @@ class Row:
         return "rose" if self.change.value > 0 else "fell"
 
 
-def rows(metrics: dict[str, Metric]) -> Iterator[Row]:
-    """`eval_loss`, `eval_loss.before` and `eval_loss.delta` are one row."""
-    for name, value in metrics.items():
+def rows(results: dict[str, Any]) -> list[Row]:
+    """`eval_loss`, `eval_loss.before` and `eval_loss.delta` are one row. Changes first, then what has an interval."""
+    found, leaves = metrics(results), dict(flat(results))
+    told = []
+    for name, metric in found.items():
         base, _, end = name.rpartition(".")
-        if end not in ("before", "delta") or base not in metrics:
-            yield Row(name, value, metrics.get(f"{name}.before"), metrics.get(f"{name}.delta"))
+        if end not in ("before", "delta") or base not in found:
+            unit = leaves.get(f"{name}.unit") or ""
+            told.append(Row(name, metric, found.get(f"{name}.before"), found.get(f"{name}.delta"), str(unit)))
+    return sorted(told, key=lambda row: 0 if row.change else 1 if row.value.ci_low is not None else 2)
 
 
 def value(metric: Metric) -> str:

@@ -73,7 +73,7 @@
     const of = (i) => figure([line.y[i], line.low ? line.low[i] : null, line.low ? line.high[i] : null]);
     return {
       type: "scatter", mode: seldom ? "lines+markers" : "lines", name: plain(name), x: line.x, y: line.y, error_y: bars(line, tint),
-      line: { color: tint, width: 1.6, dash: line.dash || "solid" }, marker: { color: tint, size: seldom && line.of > 25 ? 4 : 6 },
+      line: { color: tint, width: line.x.length > 300 ? 1.1 : 1.7, dash: line.dash || "solid" }, marker: { color: tint, size: seldom && line.of > 25 ? 4 : 6 },
       text: line.x.map((x, i) => `${plain(name)}<br>step ${number(x)}: ${of(i).value} ${of(i).interval}`), hoverinfo: "text",
     };
   }
@@ -258,10 +258,9 @@
 
   function choose(ids) {
     chosen.clear();
-    for (const box of all(".pick input", table)) {
-      box.checked = !box.disabled && ids.includes(box.closest("tr").dataset.id);
-      if (box.checked) chosen.add(box.closest("tr").dataset.id);
-    }
+    const boxes = new Map(all(".pick input", table).map((box) => [box.closest("tr").dataset.id, box]));
+    for (const [id, box] of boxes) box.checked = !box.disabled && ids.includes(id);
+    for (const id of ids) if (boxes.get(id)?.checked) chosen.add(id);
     compare();
   }
 
@@ -292,7 +291,8 @@
 
   function figures(ids, records) {
     const names = [...new Set(records.flatMap((record) => Object.keys(record.metrics)))];
-    const shared = names.filter((name) => records.filter((record) => record.metrics[name]).length > 1);
+    const sure = (name) => records.some((record) => record.metrics[name]?.[1] != null);
+    const shared = names.filter((name) => records.filter((record) => record.metrics[name]).length > 1).sort((a, b) => sure(b) - sure(a));
     const body = make("tbody");
     for (const name of shared) {
       const values = records.map((record) => record.metrics[name]);
@@ -352,7 +352,8 @@
         layout({ showlegend: true, xaxis: { title: { text: "step", standoff: 6, font: { size: 11 } } } }),
       ];
       const plot = make("div", { class: "plot", role: "img", "aria-label": title });
-      place.append(make("figure", { class: "chart" }, make("figcaption", {}, make("b", {}, title)), plot));
+      const thinned = found.some((chart) => chart?.note) ? make("span", { class: "note" }, "of long curves the lowest and highest of each stretch") : "";
+      place.append(make("figure", { class: "chart" }, make("figcaption", {}, make("b", {}, title), thinned), plot));
       requestAnimationFrame(() => draw(plot, build));
     }
     return place.children.length ? make("div", {}, make("h3", {}, "Curves"), place) : "";

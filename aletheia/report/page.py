@@ -31,6 +31,7 @@ from pipeline.progress import duration, track
 HERE = Path(__file__).parent
 LONGEST = 20_000  # characters of one text
 LONGEST_LIST = 300  # items of one list
+SHORT = 60  # characters of what stands in a cell of a grid
 # Keys of the person's half by where they stand in a section; what is in neither is told as a note.
 ASKED = (
     "description",
@@ -82,9 +83,11 @@ def page(project: Project, folder: Path) -> str:
         "number": lambda metric: figures.value(metric),
         "interval": lambda metric: figures.interval(metric),
         "duration": duration,
+        "when": lambda moment: moment[:16].replace("T", " "),
         "label": lambda key: str(key).replace("_", " ").capitalize(),
         "texts": texts,
     }
+    environment.tests["brief"] = _is_brief
     found = trends(project)
     template = environment.get_template("page.html.j2")
     return template.render(
@@ -94,6 +97,7 @@ def page(project: Project, folder: Path) -> str:
         scripts={name: Markup(script) for name, script in scripts.items()},
         project=project,
         full=FULL,
+        short=SHORT,
         longest_list=LONGEST_LIST,
         glyphs=GLYPHS,
         attention=[entry for entry in project.entries if entry.problems],
@@ -142,9 +146,9 @@ class _Writer:
             "asked": [(key, person[key]) for key in ASKED if filled(person.get(key))],
             "noted": [(k, v) for k, v in person.items() if k not in ELSEWHERE and k not in ASKED and filled(v)],
             "overrides": dict(flat(facts.overrides if facts else person.get("overrides"))),
-            "key_facts": list(_key_facts(entry)),
+            "key_facts": sorted(_key_facts(entry), key=lambda fact: len(fact[1]) > SHORT),
             "children": [child.id for child in self.project.entries if child.parent == entry.id][::-1],
-            "rows": list(figures.rows(entry.metrics)),
+            "rows": figures.rows(facts.results) if facts else [],
             "strip": strip,
             "charts": drawn,
             "log_notes": (log.notes if log else []) + _not_drawn(log.not_drawn if log else []),
@@ -237,10 +241,7 @@ def _key_facts(entry: Entry) -> Iterator[tuple[str, str]]:
         return
     facts = entry.facts
     resources, code, environment = facts.resources, facts.code, facts.environment
-    ended = facts.history[-1].at.replace("T", " ").removesuffix("Z") if len(facts.history) > 1 else ""
     yield "Started", f"{entry.started} UTC"
-    if ended:
-        yield "Ended", f"{ended[:16]} UTC"
     if entry.seconds is not None:
         yield "Time", duration(entry.seconds)
     if resources.get("gpu_hours"):
@@ -250,7 +251,8 @@ def _key_facts(entry: Entry) -> Iterator[tuple[str, str]]:
             yield label, f"{resources[key]} GB"
     energy = resources.get("energy")
     if isinstance(energy, dict):
-        yield "Energy", f"{energy.get('kwh')} kWh, {energy.get('co2_kg')} kg CO₂ ({energy.get('how')})"
+        yield "Energy", f"{energy.get('kwh')} kWh, {energy.get('co2_kg')} kg CO₂"
+        yield "Energy from", text(energy.get("how"))
     if entry.cost:
         yield "Cost", f"{entry.cost[0]:.3g} {entry.cost[1]}"
     base = facts.lineage.base
@@ -263,6 +265,14 @@ def _key_facts(entry: Entry) -> Iterator[tuple[str, str]]:
     machine = environment.get("gpus") or environment.get("cpu")
     if machine:
         yield "Machine", f"{', '.join(texts(machine))} on {environment.get('host')}"
+
+
+def _is_brief(value: Any) -> bool:
+    """A mapping that reads well in one line."""
+    if not isinstance(value, dict) or not value:
+        return False
+    scalar = not any(isinstance(child, dict | list) for child in value.values())
+    return scalar and sum(len(f"{key}: {child}") for key, child in value.items()) < 2 * SHORT
 
 
 def _not_drawn(keys: list[str]) -> list[str]:

@@ -27,10 +27,15 @@ from pipeline.workspace import Workspace
 
 TITLE = 100  # characters of a description that fits into the heading
 STARTS_FROM = {"sft": "the base", "eval": "the base", "dpo": "the SFT policy, its reference"}
-# Above the line, what has a place of its own on the page …
-PLACED = ("experiment_id", "date", "description", "hypothesis")
-# … or stands there as the run took it up, and again only where it differs.
-TAKEN_UP = ("profile", "stages", "overrides", "success_criteria")
+PLACED = (
+    "experiment_id",
+    "date",
+    "description",
+    "hypothesis",
+    "profile",
+    "stages",
+    "overrides",
+)  # elsewhere on the page
 FIRST = ("observations", "conclusion", "analysis", "issues", "learnings", "next_steps", "journal")
 
 
@@ -117,14 +122,15 @@ def _criteria(verdict: Verdict) -> Iterator[list[Any]]:
         yield [open_.criterion, open_.role, "", "", f"needs n ≥ {open_.min_n}" if open_.min_n else ""]
 
 
-def _setup(facts: Facts | None, person: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _setup(facts: Facts | None, person: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    asked = {"stages": person.get("stages")}
     if facts is None:
-        for key in TAKEN_UP[:3]:
-            yield from (
-                (name, one_line(value)) for name, value in flat({key: person.get(key)}) if value not in (None, {}, [])
-            )
-        return
-    yield from settings(facts)
+        asked |= {key: person.get(key) for key in ("profile", "overrides")}
+    for key, value in flat(asked):
+        if value not in (None, "", [], {}):
+            yield key, one_line(value)
+    if facts:
+        yield from settings(facts)
 
 
 def _changes_are(facts: Facts) -> str:
@@ -200,17 +206,18 @@ def _made_with(facts: Facts) -> Iterator[tuple[str, Any]]:
 
 def _written(facts: Facts | None, person: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """What its person wrote, under headings: all keys, known or not, that do not stand on the page already."""
-    then = {"profile": facts.profile, "overrides": facts.overrides} if facts else {}
-    if facts:
-        then["stages"] = person.get("stages") if texts(person.get("stages")) == [facts.stage] else None
-        then["success_criteria"] = person.get("success_criteria") if facts.verdict else None
-    elif texts(person.get("stages")):
-        then = {key: person.get(key) for key in TAKEN_UP[:3]}
-    shown = {key for key in TAKEN_UP if key in then and then[key] == person.get(key)}
     known = [key for key in FIRST if key in person]
     for key in [*known, *(key for key in person if key not in FIRST)]:
-        if key not in PLACED and key not in shown and person[key] not in (None, "", [], {}):
+        if not _is_placed(key, facts, person[key]) and person[key] not in (None, "", [], {}):
             yield label(key), person[key]
+
+
+def _is_placed(key: str, facts: Facts | None, written: Any) -> bool:
+    if key == "success_criteria":
+        return facts is not None and facts.verdict is not None
+    if facts and key in ("profile", "overrides"):  # taken up by the run, or changed since
+        return bool(written == getattr(facts, key))
+    return key in PLACED
 
 
 def _link(path: Path, folder: Path) -> str:

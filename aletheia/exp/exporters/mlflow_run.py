@@ -29,6 +29,11 @@ from pipeline.workspace import Workspace
 MAX_NAME, MAX_PARAM, MAX_TAG = 250, 6000, 8000  # MLflow's limits, in characters; it cuts what is longer
 PARAMS_A_BATCH, METRICS_A_BATCH = 100, 1000
 STATUS = {"complete": "FINISHED", "failed": "FAILED", "cancelled": "KILLED", "dead": "KILLED"}
+ENVIRONMENT = {  # what the client reads, and nothing else sets
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the default asks a server that is not there for minutes
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # with the password in it
+}
 _NOT_IN_NAMES = re.compile(r"[^\w\-./: ]")
 
 
@@ -93,10 +98,8 @@ def _in_one_line(uri: str) -> Iterator[None]:
 
 
 def _client(uri: str) -> Any:
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault(
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"
-    )  # the default asks a server that is not there for minutes
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)  # a new database's tables, one by one

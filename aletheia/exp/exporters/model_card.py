@@ -274,7 +274,8 @@ def _not_shown(subject: Subject) -> Iterator[str]:
     if subject.is_control:
         yield "Anything about content: the answers it was trained on were shuffled."
     control = subject.pipeline.facts.results.get("control") if subject.pipeline else None
-    for change in changes(control) if isinstance(control, dict) else ():
+    control = control if isinstance(control, dict) else {}
+    for change in changes(control):
         if not change.is_shown:
             other = f"the control {one_line(control.get('record'))}, trained on answers shuffled between the questions"
             yield f"That it learnt content and not only form: {other}, came out the same. {change.text()}."

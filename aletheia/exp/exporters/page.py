@@ -11,6 +11,7 @@ from pipeline.records.file import write_atomically
 from pipeline.records.schema import Facts
 from pipeline.workspace import Workspace
 
+MAX_CELL = 80  # characters
 _SPECIAL = re.compile(r"([\\`*\[\]|~])|(?<![^\W_])(_)|(_)(?![^\W_])|(<)|(&)(?=#|\w+;)|([\r\n\x85\u2028\u2029]+\s*)")
 _TAG = re.compile(r"<(?=[A-Za-z/!?])")
 
@@ -56,7 +57,9 @@ def quoted(text: str) -> str:
 
 
 def outline(value: Any) -> str:
-    """Any value that a YAML file can hold, whole: a text as a quotation, lists and mappings as nested bullets."""
+    """Any value that a YAML file can hold, whole: a text as a quotation, rows as a table, the rest as nested bullets."""
+    if isinstance(value, list) and len(value) > 1 and all(_is_row(entry) for entry in value):
+        return "\n".join(_table(value))
     if isinstance(value, dict | list):
         return "\n".join(_bullets(value, ""))
     return quoted(str(value)) if isinstance(value, str) else plain(value)
@@ -96,6 +99,21 @@ def place(output: Path | None, default: Path, name: str) -> Path:
         return default
     output = output.expanduser().absolute()
     return output / name if output.is_dir() or not output.suffix else output
+
+
+def _is_row(value: Any) -> bool:
+    """A mapping whose values each fit into a cell."""
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(not isinstance(cell, dict | list) and len(str(cell)) <= MAX_CELL for cell in value.values())
+
+
+def _table(rows: list[dict[Any, Any]]) -> Iterator[str]:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    yield f"| {' | '.join(map(label, columns))} |"
+    yield "|---" * len(columns) + "|"
+    for row in rows:
+        yield f"| {' | '.join(plain(row.get(column)) for column in columns)} |"
 
 
 def _bullets(value: Any, indent: str) -> Iterator[str]:
