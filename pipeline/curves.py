@@ -90,6 +90,7 @@ def _picture(path: Path, panels: list[Callable[[Any, Log], None]], log: Log) -> 
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[-1].set_xlabel(_step_label(log))
     figure.align_ylabels(axes)
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
     figure.savefig(path)
 
 

@@ -96,9 +96,8 @@ class Dpo:
         before = margins(trainer.model, "held-out pairs before") if held_out else []
         measure = heldout.Measure(margins, partial(_figures, before, config.beta)) if held_out else None
         trained = [(pair.id, sum(chosen.mask) + sum(rejected.mask)) for pair, (chosen, rejected) in train_pairs]
-        summary, after = training.train(trainer, record, config, trained, measure, job.resume)
+        after = training.train(trainer, record, config, trained, measure, job.resume)
 
-        record.facts.results["training"] = summary
         if held_out:
             record.facts.results |= self._preferences(record, held_out, before, after)
         training.keep_adapter(trainer.model, self.chat, record, f"{job.config.name}-dpo")

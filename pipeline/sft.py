@@ -78,9 +78,8 @@ class Sft:
         before = losses(trainer.model, "held-out rows before") if held_out else []
         measure = heldout.Measure(losses, lambda values: {"eval_loss": statistics.mean(values)}) if held_out else None
         trained = [(row.id, sum(tokens.mask)) for row, tokens in train_rows]
-        summary, after = training.train(trainer, record, config, trained, measure, job.resume)
+        after = training.train(trainer, record, config, trained, measure, job.resume)
 
-        record.facts.results = {"training": summary | {"trained_tokens_an_epoch": sum(n for _, n in trained)}}
         if held_out:
             change = statistics.paired(before, after)
             record.facts.results["eval_loss"] = change.model_dump(exclude_none=True) | {"unit": "nats a token"}

@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,8 @@ def train(
     rows: Sequence[tuple[str, int]],
     held_out: Measure | None,
     resume: bool,
-) -> tuple[dict[str, Any], list[float]]:
-    """Runs the trainer to its end. Returns what the record says of it, and the held-out rows' values at the end.
+) -> list[float]:
+    """Runs the trainer to its end and returns the held-out rows' values there; `results.training` says how it went.
 
     `rows`: id and supervised tokens of each training row, in the dataset's order. Raises `Interrupted` when someone
     asked to stop (the state is saved) and `StageFailed` on a loss that is not finite.
@@ -101,26 +102,28 @@ def train(
             )
         after = watch.validate(trainer.model, state)
     finally:
-        _draw(record)
+        log = items.read(record.folder / LOG)
+        record.facts.results["training"] = {"steps": trainer.state.global_step} | _best_and_latest(log)
+        _draw(record, log)
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-    summary = {
-        "steps": state.global_step,
+    record.facts.results["training"] |= {
         "train_loss": {"first": round(losses[0], 4), "last": round(losses[-1], 4)},
         "seconds": round(outcome.metrics["train_runtime"], 2),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "trained_tokens_an_epoch": sum(tokens for _, tokens in rows),
     }
-    return summary | _best_and_latest(items.read(record.folder / LOG)), after
+    return after
 
 
 def _best_and_latest(log: list[dict[str, Any]]) -> dict[str, Any]:
+    """By the held-out loss; empty where nothing was held out."""
     validations = [{key: line[key] for key in ("epoch", "step", "eval_loss")} for line in log if "eval_loss" in line]
     finite = [validation for validation in validations if math.isfinite(validation["eval_loss"])]
     return {"best": min(finite, key=lambda v: v["eval_loss"]), "latest": validations[-1]} if finite else {}
 
 
-def _draw(record: Record) -> None:
-    """Curves beside the record, of whatever was trained; one that cannot be drawn fails nothing."""
-    log = items.read(record.folder / LOG)
+def _draw(record: Record, log: list[dict[str, Any]]) -> None:
+    """Curves beside the record, of however much was trained; one that cannot be drawn fails nothing."""
     if sum("loss" in line for line in log) < 2:
         return
     try:
@@ -130,8 +133,7 @@ def _draw(record: Record) -> None:
     except Exception as error:
         say(f"note: the curves could not be drawn ({type(error).__name__}: {error})")
     else:
-        shown = [Visualization(path=f"{record.id}/{name}", purpose=purpose) for name, purpose in drawn]
-        record.facts.visualizations = shown
+        record.facts.visualizations = [Visualization(path=f"{record.id}/{name}", purpose=why) for name, why in drawn]
 
 
 def newest_sealed(folder: Path) -> Path | None:
@@ -151,12 +153,10 @@ def newest_sealed(folder: Path) -> Path | None:
 def _forget_after(log: Path, step: int) -> None:
     """Steps that are taken again are not to stand twice in the log, nor a line that was torn."""
     kept = []
-    for line in log.read_text("utf-8").splitlines(keepends=True) if log.exists() else []:
-        try:
+    for line in log.read_text("utf-8", "replace").splitlines(keepends=True) if log.exists() else []:
+        with suppress(ValueError, TypeError, KeyError):
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except ValueError:
-            continue
     log.write_text("".join(kept), "utf-8")
 
 

@@ -105,7 +105,8 @@ def difference(path: str, one: Side, other: Side) -> dict[str, Any] | None:
     if not shared:
         return None
     try:
-        change = statistics.paired([before[i] for i in shared], [after[i] for i in shared])
+        ends = [before[i] for i in shared], [after[i] for i in shared]
+        change = statistics.paired(*ends, shares={*ends[0], *ends[1]} <= {0.0, 1.0})
     except OverflowError:  # values that no measurement gives
         return None
     found: dict[str, Any] = change.delta.model_dump(exclude_none=True)

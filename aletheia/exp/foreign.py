@@ -6,6 +6,7 @@ under `notes` by its own name, as it was written.
 """
 
 import datetime as dt
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ NAMES = {  # our key, or a key inside it, and what others call it
     "tags": "keywords labels",
     "tracking": "tracking_platform experiment_tracking",
     "tracking.run_links": "run_links",
+    "tracking.mlflow": "mlflow mlflow_run",
+    "tracking.wandb": "wandb wandb_run w_b",
     "set_up": "setup experimental_setup",
     "set_up.model": "model architecture base_model",
     "set_up.environment": "environment software",
@@ -154,6 +157,8 @@ PLACEHOLDER = re.compile(
 )
 _NUMBER = r"[-+]?(?:0|[1-9]\d*)(?:\.0|\.\d*[1-9])?(?:[eE][-+]?\d{1,3})?"  # no `3.10` and no `007`: they are names
 _RANGE = re.compile(rf"({_NUMBER})\s*(?:-|–|—|to|\.\.)\s*({_NUMBER})")
+LONG = 80  # characters: no placeholder, range or figure is longer, and a page need not be searched for one
+_MARKS = re.compile(r"(\[[^\[\]]+\]\s*)+")  # [bf16] [packed]
 _STAGE_OF_LIFE: tuple[tuple[Status, str], ...] = (
     ("failed", r"fail|crash|abort|error|out of memory|\boom\b|❌"),
     ("cancelled", r"cancel|stopp|abandon|killed|incomplete|in[ _-]progress|running|ongoing|paused|\bwip\b|🚧|⏳"),
@@ -171,7 +176,7 @@ class Log:
     text: str  # its own part of the file, by which it is known again
     foreign_id: str | None = None
     sources: dict[tuple[str, ...], str] = field(default_factory=dict)
-    outside: dict[str, str] = field(default_factory=dict)  # what stands in the file around the experiments
+    outside: dict[str, Any] = field(default_factory=dict)  # what stands in the file around the experiments
 
 
 @dataclass
@@ -228,6 +233,8 @@ class _Placing:
             return
         if name in GROUPS and key is None:
             key = GROUPS[name]
+        if key == "hyperparameters" and isinstance(value, str) and _MARKS.fullmatch(value):
+            key = "marks"
         if name == "status" and not isinstance(value, dict | list) and self.placed.status_text is None:
             self._status(str(value))
         remarks = len(self.placed.remarks)
@@ -296,9 +303,8 @@ class _Placing:
             value = _renamed(outer, value)
         if key == "date" and value is not None:
             return self._date(value, path)
-        if key == "hyperparameters" and isinstance(value, str) and re.fullmatch(r"(\[[^\[\]]+\]\s*)+", value):
-            self._put("marks", re.findall(r"\[([^\[\]]+)\]", value))
-            return {}
+        if key == "marks" and isinstance(value, str):
+            return re.findall(r"\[([^\[\]]+)\]", value) or value
         if key == "success_criteria":
             return self._criteria(value, path)
         if key in ("next_steps", "tags", "stages", "related") and value is not None:
@@ -344,6 +350,8 @@ class _Placing:
         if not isinstance(value, str):
             return value
         text = value.strip()
+        if len(text) > LONG:
+            return self._secretless(value, path)
         if PLACEHOLDER.fullmatch(text):
             self.placed.remarks.append(f"{'.'.join(path)}: `{text}` became null")
             return None
@@ -373,7 +381,7 @@ def number(text: str) -> int | float | None:
     if re.fullmatch(r"[-+]?(0|[1-9]\d{0,17})", text):
         return int(text)
     if re.fullmatch(r"[-+]?(\d{1,18}\.\d{1,20}([eE][-+]?\d{1,3})?|\d{1,3}[eE][-+]?\d{1,3})", text):
-        return float(text)
+        return float(text) if math.isfinite(float(text)) else None
     return None
 
 
@@ -409,12 +417,11 @@ def _day_of_id(foreign_id: str) -> dt.date | None:
 
 def _is_plan(person: dict[str, Any]) -> bool:
     """An experiment with nothing found yet whose id or date is still open."""
-    found = any(
-        person.get(key)
-        for key in ("metrics", "epochs", "observations", "analysis", "conclusion", "learnings", "journal")
-    )
+    metrics = person.get("metrics")
+    measured = bool(metrics) and not (isinstance(metrics, list) and all(isinstance(name, str) for name in metrics))
+    found = any(person.get(key) for key in ("epochs", "observations", "analysis", "conclusion", "learnings", "journal"))
     undated = "date" in person and person["date"] is None
-    return not found and (undated or "XX" in str(person.get("foreign_id", "")))
+    return not measured and not found and (undated or "XX" in str(person.get("foreign_id", "")))
 
 
 def _renamed(key: str, values: dict[str, Any]) -> dict[str, Any]:

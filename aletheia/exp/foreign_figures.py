@@ -12,7 +12,7 @@ import math
 import re
 from typing import Any
 
-from aletheia.exp.foreign import number, plain
+from aletheia.exp.foreign import LONG, number, plain
 
 INTERVALS = ("ci_95", "ci95", "ci", "interval", "confidence_interval", "95_ci")
 BESIDE = {"name", "target", "unit", "status", "passed", "notes", "n", "ci_low", "ci_high", *INTERVALS}
@@ -84,6 +84,8 @@ def _with_interval(row: dict[str, Any]) -> Any:
 
 def _figure(text: str) -> Any:
     text = text.strip().strip("*`").strip()
+    if len(text) > LONG:
+        return None
     if (exact := number(text)) is not None:
         return exact
     if match := _INTERVAL.fullmatch(text):

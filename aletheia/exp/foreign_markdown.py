@@ -28,7 +28,7 @@ _LINK = re.compile(r"!?\[([^\]]*)\]\(([^()\s]+)\)")
 _EMPTY = re.compile(r"[-–—]?")
 
 
-@dataclass
+@dataclass(eq=False)
 class Section:
     """A heading and what stands below it, up to the next of its level. Lines count from 0; `end` is not in it."""
 
@@ -56,29 +56,51 @@ class Name:
 
 def logs(text: str) -> list[Log]:
     lines = text.removeprefix("\ufeff").splitlines()
+    front, begins = _front_matter(lines)
+    lines = [""] * begins + lines[begins:]
     root = _sections(lines)
     heads = [section for section in root.all() if section.level and _name(section.title)]
-    if not heads or _is_journal(heads):
-        return [_whole(root, lines)]
-    level = min(section.level for section in heads)
+    level = min((section.level for section in heads), default=0)
     heads = [section for section in heads if section.level == level]
+    if not heads or _is_journal(heads) or _is_one(root, heads):
+        log = _whole(root, lines)
+        for key, value in front.items():
+            _add(log.values, key if key not in log.values else f"front matter {key}", value)
+        log.text = text
+        return [log]
     found = [_Reader(lines).log(section) for section in heads]
-    found[0].outside = _outside(heads, root, lines)
+    found[0].outside = front | _outside(heads, root, lines)
     return found
+
+
+def _front_matter(lines: list[str]) -> tuple[dict[str, Any], int]:
+    """The mapping between `---` and `---` at the top, and the line after it."""
+    end = lines.index("---", 1) if lines[:1] == ["---"] and "---" in lines[1:] else 0
+    try:
+        value = yamlio.load("\n".join(lines[1:end])).value
+    except yamlio.YamlError:
+        return {}, 0
+    return ({str(key): its for key, its in value.items()}, end + 1) if isinstance(value, dict) else ({}, 0)
+
+
+def _is_one(root: Section, heads: list[Section]) -> bool:
+    """A hypothesis above all of them: they are the runs of one experiment."""
+    inside = {id(section) for head in heads for section in head.all()}
+    return any(target(section.title) == "hypothesis" and id(section) not in inside for section in root.all())
 
 
 def _whole(root: Section, lines: list[str]) -> Log:
     """A file that is one experiment: its only top heading is the title."""
     top = root.children[0] if len(root.children) == 1 and not root.blocks else root
     log = _Reader(lines).log(top)
-    log.text, log.line = "\n".join(lines), 1
+    log.line = 1
     return log
 
 
-def _outside(heads: list[Section], root: Section, lines: list[str]) -> dict[str, str]:
+def _outside(heads: list[Section], root: Section, lines: list[str]) -> dict[str, Any]:
     """What stands before, between and after the experiments, by the first heading in it."""
     starts = {section.start: section.title for section in root.all() if section.level}
-    found: dict[str, str] = {}
+    found: dict[str, Any] = {}
     begin = 0
     for head in [*heads, Section("", 0, len(lines), len(lines))]:
         rest = "\n".join(lines[begin : head.start]).strip()

@@ -1,6 +1,5 @@
 """A YAML (or JSON) log of another kind: one experiment, a list of them, or a mapping of their names."""
 
-import json
 from typing import Any
 
 from aletheia.exp.foreign import Log, plain
@@ -25,7 +24,7 @@ def logs(text: str, shown: str) -> list[Log]:
         if plain(str(key)) in LISTS and isinstance(experiments, dict | list):
             found = _several(experiments, (str(key),), document)
             if found:
-                found[0].values |= {str(k): v for k, v in value.items() if k != key}
+                found[0].outside = {str(k): v for k, v in value.items() if k != key}
                 return found
     named = value.items()
     if all(isinstance(child, dict) and str(key).upper().startswith("EXP-") for key, child in named):
@@ -46,5 +45,4 @@ def _several(values: Any, path: yamlio.KeyPath, document: yamlio.Document) -> li
 
 
 def _log(values: dict[Any, Any], line: int, name: str | None = None) -> Log:
-    text = json.dumps([name, values], sort_keys=True, default=str)
-    return Log({str(key): value for key, value in values.items()}, line, text, name)
+    return Log({str(key): value for key, value in values.items()}, line, yamlio.dump(values), name)

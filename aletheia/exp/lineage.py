@@ -56,7 +56,8 @@ def lineage(workspace: Workspace, name: str, as_json: bool) -> None:
         return
     if parent:
         above = family.node(parent)
-        print(f"part of {above.id}  {short(above.stage)}  {above.status}\n")
+        print_table(("part of", above.id, above.stage, above.status), [], sys.stdout)
+        print()
     rows = [_row(place) for place in places]
     print_table(("record", "stage", "status", "made", "figures"), rows, sys.stdout)
 
@@ -93,13 +94,14 @@ class Family:
         if name in self.bases:
             return self.bases[name]
         entry, taken = self.entries.get(name), self.named.get(name)
-        node = Node(name, "?", "gone", taken.sha256 if taken else "", asked=name == self.asked)
+        node = Node(name, "?", "gone", asked=name == self.asked)
         if taken:
-            node.stage = taken.stage
-        if entry:
-            node.stage, node.status = entry.stage, liveness(entry.facts) if entry.facts else entry.status
-            node.figures = figures(entry.facts) if entry.facts else entry.errors
+            node.stage, node.sha256 = taken.stage, taken.sha256
+        if entry and entry.facts:
+            node.stage, node.status, node.figures = entry.stage, liveness(entry.facts), figures(entry.facts)
             node.sha256 = self._made(name) or node.sha256
+        elif entry:
+            node.status, node.figures = entry.status, entry.problems
         return node
 
     def _plant(self, parts: list[str]) -> None:
@@ -113,9 +115,9 @@ class Family:
                 (self.below[under] if under else self.roots).append(name)
 
     def _base(self, name: str) -> str | None:
-        """The base that it was built on; without one, the pipeline experiment that was asked for."""
-        entry = self.entries.get(name)
-        base = entry.facts.lineage.base if entry and entry.facts else None
+        """The base that it, or where it is gone what took it, was built on; else the pipeline that was asked for."""
+        known = (self.entries[i].facts for i in (name, *self.below[name]) if i in self.entries)
+        base = next((facts.lineage.base for facts in known if facts), None)
         pipeline = self.roots[0] if self.roots[:1] == [self.asked] and name != self.asked else None
         if not base:
             return pipeline

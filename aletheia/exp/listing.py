@@ -31,6 +31,7 @@ from pipeline.records.schema import Status
 from pipeline.workspace import Workspace
 
 PAGE = 50  # records on a terminal, where no limit is given
+OF_EVERY = ("date", "seconds")  # what one can sort by besides figures; the table shows both
 STATUSES = (*get_args(Status), "dead", "unreadable")
 
 
@@ -101,7 +102,8 @@ def list_records(workspace: Workspace, filters: Filters, sort: str | None, limit
     if as_json:
         print_json([_as_json(row) for row in shown])
     elif shown:
-        _print_table(shown, [path for path in (*(c.path for c in wanted), (sort or "").removeprefix("-")) ...])
+        asked = [criterion.path for criterion in wanted] + ([sort.removeprefix("-")] if sort else [])
+        _print_table(shown, [path for path in dict.fromkeys(asked) if path not in OF_EVERY])
     if len(shown) < len(rows):
         say(f"note: {len(rows) - len(shown)} more; --limit {len(rows)} shows all")
 
@@ -175,7 +177,7 @@ def _sorted(rows: list[Row], sort: str, every: list[Row]) -> list[Row]:
     keyed = [(_key(row, path), row) for row in rows]
     having = sorted((pair for pair in keyed if pair[0] is not None), key=itemgetter(0), reverse=sort != path)
     lacking = [row for key, row in keyed if key is None]
-    if not having and path != "seconds":
+    if not having and path not in OF_EVERY:
         _check_metric(path, every, "--sort")
     if lacking:
         say(f"note: {len(lacking)} of {len(rows)} records have no `{path}` and stand last")

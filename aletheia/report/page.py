@@ -7,13 +7,12 @@ content security policy lets only the page's own three scripts run, named by the
 import base64
 import hashlib
 import json
-import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -44,7 +43,7 @@ ASKED = (
     "variables",
     "conditions",
 )
-ELSEWHERE = {"experiment_id", "date", "profile", "stages", "status", "overrides", "tags"}
+ELSEWHERE = {"experiment_id", "date", "profile", "stages", "status", "overrides", "tags", "visualizations"}
 COMPARED = ("configuration", "data", "environment", "code")
 GLYPHS = {
     "complete": "●",
@@ -105,15 +104,18 @@ def page(project: Project, folder: Path) -> str:
         trends=found,
         trend_data={
             "profiles": list(dict.fromkeys(entry.profile for entry in reversed(project.entries))),
-            "trends": {f"{t.stage}/{t.figure}": {"figure": t.figure, "points": t.points()} for t in chain(*found.values())},
+            "trends": {
+                f"{t.stage}/{t.figure}": {"figure": t.figure, "points": t.points()} for t in chain(*found.values())
+            },
         },
         figure_names=list(dict.fromkeys(t.figure for t in chain(*found.values()))),
         picture=picture(project),
         box=(WIDTH, HEIGHT),
         judged=[entry for entry in project.entries if entry.facts and entry.facts.verdict],
+        findings=dict(Counter(entry.finding for entry in project.entries if entry.finding).most_common()),
         learnings=notes.learnings(project),
         observations=notes.notes(project, "observations"),
-        conclusions=notes.notes(project, "conclusion"),
+        conclusions=notes.conclusions(project),
         journal=notes.journal(project),
         steps=notes.next_steps(project),
         issues=notes.notes(project, "issues"),
@@ -141,7 +143,7 @@ class _Writer:
         return {
             "entry": entry,
             "facts": facts,
-            "file": self.href(entry.file.path),
+            "file": self.project.link(entry.file.path, self.folder),
             "path": self.project.workspace.shown(entry.file.path),
             "asked": [(key, person[key]) for key in ASKED if filled(person.get(key))],
             "noted": [(k, v) for k, v in person.items() if k not in ELSEWHERE and k not in ASKED and filled(v)],
@@ -153,7 +155,10 @@ class _Writer:
             "charts": drawn,
             "log_notes": (log.notes if log else []) + _not_drawn(log.not_drawn if log else []),
             "samples": read_samples(entry.file.folder / "answers.jsonl"),
-            "pictures": [(p, self.href(self.project.workspace.path(p.path))) for p in facts.visualizations] if facts else [],
+            "pictures": [
+                (path, purpose, self.project.picture(entry, path, self.folder))
+                for path, purpose in notes.pictures(entry)
+            ],
         }
 
     def compared(self, entry: Entry) -> dict[str, Any]:
@@ -167,15 +172,6 @@ class _Writer:
             "parts": {part: {k: _brief(v) for k, v in values.items()} for part, values in parts.items()},
             "metrics": {name: [m.value, m.ci_low, m.ci_high, m.n] for name, m in entry.metrics.items()},
         }
-
-    def href(self, path: Path) -> str | None:
-        """From the page to a file of the project; None for one that is not there, or outside."""
-        try:
-            path = path.resolve()
-            inside = path.is_relative_to(self.project.workspace.root) and path.is_file()
-        except (OSError, ValueError):  # a name too long, or with a NUL
-            return None
-        return quote(os.path.relpath(path, self.folder)) if inside else None
 
     def prose(self, value: Any) -> Markup:
         """Escaped; an address becomes a link, a record's id leads to its section."""

@@ -4,12 +4,14 @@ Configuration, environment, curves and samples are kept of the newest `FULL` rec
 the trends, the lineage and the roll-ups need. A record that cannot be read is an entry that says why.
 """
 
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from aletheia.summary import figures
 from pipeline.errors import UserError
@@ -123,6 +125,20 @@ class Project:
     def whole(self) -> list[Entry]:
         return [entry for entry in self.entries if entry.whole]
 
+    def link(self, path: Path, folder: Path) -> str | None:
+        """From a page in `folder` to a file of the project; None for one that is not there, or outside."""
+        try:
+            path = path.resolve()
+            inside = path.is_relative_to(self.workspace.root) and path.is_file()
+        except (OSError, ValueError):  # a name too long, or with a NUL
+            return None
+        return quote(os.path.relpath(path, folder)) if inside else None
+
+    def picture(self, entry: Entry, name: str, folder: Path) -> str | None:
+        """A picture is named from the root, from experiments/ or from the record's folder."""
+        places = (self.workspace.root, self.workspace.experiments, entry.file.folder)
+        return next((link for place in places if (link := self.link(place / name, folder))), None)
+
     def grouped(self) -> list[tuple[Entry, int]]:
         """Newest first, what a pipeline experiment ran below it in the order it ran; with the depth."""
         children: dict[str, list[Entry]] = {}
@@ -183,14 +199,20 @@ def read_entry(workspace: Workspace, path: Path, whole: bool = True) -> Entry:
 
 
 def text(value: Any) -> str:
-    """What stands where a text is expected, whatever it is."""
+    """What stands where a text is expected, whatever it is, in a line or as it was written."""
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {text(child)}" for key, child in value.items())
+    if isinstance(value, list):
+        return ", ".join(text(child) for child in value)
     return "" if value is None else str(value)
 
 
 def texts(value: Any) -> list[str]:
-    """What stands where a list of texts is expected, whatever it is."""
-    items = value if isinstance(value, list) else [] if value is None else [value]
-    return [text(item) for item in items if item is not None]
+    """What stands where a list of texts is expected, whatever it is; below headings, each behind its heading."""
+    if isinstance(value, dict):
+        return [f"{key}: {item}" for key, child in value.items() for item in texts(child)]
+    items = value if isinstance(value, list) else [value]
+    return [written for item in items if (written := text(item)).strip()]
 
 
 def _number(value: Any) -> float | None:

@@ -13,7 +13,7 @@ import difflib
 import math
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from pipeline.errors import UserError
 from pipeline.records.metrics import Metric, metrics, resolve
 from pipeline.records.schema import Criterion, Finding, Judged, Verdict
+from pipeline.yamlio import KeyPath
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
@@ -30,8 +31,9 @@ OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
     "==": operator.eq,
 }
+MOST = 1e12  # rows; what would need more is not decided by more
 _FORM = re.compile(
-    r"\s*(?P<path>[A-Za-z_][\w./-]{0,200})\s*(?P<op><=|>=|==|<|>)\s*(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?)\s*"
+    r"\s*(?P<path>[A-Za-z_](?:[\w./-]{0,198}[\w/-])?)\s*(?P<op><=|>=|==|<|>)\s*(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?)\s*"
 )
 
 
@@ -44,6 +46,11 @@ class Parsed:
     def holds(self, value: float) -> bool:
         return OPERATORS[self.op](value, self.number)
 
+    @property
+    def bound(self) -> str:
+        """`< 1.2`, with every digit that was written."""
+        return f"{self.op} {_written(self.number)}"
+
 
 def parse(text: str, where: str = "") -> Parsed:
     """Raises `UserError` for anything that is not METRIC OP NUMBER."""
@@ -51,26 +58,36 @@ def parse(text: str, where: str = "") -> Parsed:
     if not match:
         form = f"METRIC OP NUMBER with OP one of {' '.join(OPERATORS)}, such as `eval_loss.delta.ci_high < 0`"
         raise UserError(f"`{text[:80]}` is no criterion", where=where, remedy=form)
-    return Parsed(match["path"].strip("."), match["op"], float(match["number"]))
+    number = float(match["number"])
+    if math.isinf(number):
+        raise UserError(f"`{text[:80]}`: the number is too large", where=where)
+    return Parsed(match["path"], match["op"], number)
 
 
-def read(values: Any, where: str = "") -> list[Criterion]:
-    """The person's `success_criteria`: lines of text, or mappings with criterion, role and min_n. Raises `UserError`."""
-    where = f"{where}: success_criteria" if where else "success_criteria"
+def read(values: Any, where: str = "", lines: Mapping[KeyPath, int] | None = None) -> list[Criterion]:
+    """The person's `success_criteria`: lines of text, or mappings with criterion, role and min_n.
+
+    Raises `UserError` at `where`; `lines` (of the document) tell the line.
+    """
     if values is None:
         return []
+
+    def place(*path: int) -> str:
+        line = (lines or {}).get(("success_criteria", *path))
+        key = "success_criteria" + "".join(f"[{number + 1}]" for number in path)
+        return ": ".join(filter(None, [f"{where}:{line}" if line else where, key]))
+
     if not isinstance(values, list):
-        raise UserError("is no list", where=where)
+        raise UserError("is no list", where=place(), remedy='`success_criteria: ["eval_loss < 1.20"]`')
     criteria = []
-    for number, value in enumerate(values, 1):
-        place = f"{where}[{number}]"
+    for number, value in enumerate(values):
         try:
             criterion = Criterion(criterion=value) if isinstance(value, str) else Criterion.model_validate(value)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
-            raise UserError(f"{key + ': ' if key else ''}{first['msg']}", where=place) from None
-        parse(criterion.criterion, place)
+            raise UserError(f"{key + ': ' if key else ''}{first['msg']}", where=place(number)) from None
+        parse(criterion.criterion, place(number))
         criteria.append(criterion)
     return criteria
 
@@ -94,7 +111,10 @@ def judge(verdict: Verdict, results: dict[str, Any]) -> Verdict:
 
 
 def _judge(criterion: Criterion, results: dict[str, Any]) -> Judged:
-    wanted = parse(criterion.criterion)
+    try:
+        wanted = parse(criterion.criterion)
+    except UserError as error:  # frozen by another version
+        return Judged(**criterion.model_dump(), finding="not evaluable", observed="nothing", why=error.what)
     path, _, end = wanted.path.rpartition(".")
     if end not in ("ci_low", "ci_high"):
         path, end = wanted.path, ""
@@ -130,13 +150,13 @@ def _within_noise(wanted: Parsed, end: str, figure: Metric, found: Callable[...,
         holds = wanted.holds(favourable)
         return found("supported" if holds else "refuted", "the interval's favourable end, compared as it is")
     if wanted.holds(adverse):
-        return found("supported", f"the whole interval is {wanted.op} {wanted.number:g}")
+        return found("supported", f"the whole interval is {wanted.bound}")
     if not wanted.holds(favourable):
-        return found("refuted", f"no part of the interval is {wanted.op} {wanted.number:g}")
+        return found("refuted", f"no part of the interval is {wanted.bound}")
     needed = _n_needed(figure, wanted.number)
     return found(
         "inconclusive",
-        f"the interval holds {wanted.number:g}"
+        f"the interval holds {_written(wanted.number)}"
         + (
             f"; about {needed} rows would decide it, were the value to stay"
             if needed
@@ -147,18 +167,22 @@ def _within_noise(wanted: Parsed, end: str, figure: Metric, found: Callable[...,
 
 
 def _n_needed(figure: Metric, number: float) -> int | None:
-    """n·(half width towards the number / distance to it)²: intervals narrow as 1/√n."""
+    """More than n·(half width towards the number / distance to it)²: intervals narrow as 1/√n."""
     assert figure.ci_low is not None and figure.ci_high is not None
     distance = abs(figure.value - number)
     half = figure.ci_high - figure.value if number > figure.value else figure.value - figure.ci_low
-    if not figure.n or distance == 0:
+    if figure.n is None or not 0 < figure.n < MOST or distance == 0:
         return None
-    needed = figure.n * (half / distance) ** 2
-    return max(figure.n + 1, math.ceil(needed)) if needed < 1e12 else None
+    needed = figure.n * (half / distance) * (half / distance)  # a square would overflow with an error
+    return max(figure.n, math.floor(needed)) + 1 if needed < MOST else None
 
 
 def _text(criterion: Criterion) -> str:
     wanted = parse(criterion.criterion)
     extra = [criterion.role] if criterion.role != "primary" else []
     extra += [f"min_n {criterion.min_n}"] if criterion.min_n is not None else []
-    return f"{wanted.path} {wanted.op} {wanted.number:g}" + (f" ({', '.join(extra)})" if extra else "")
+    return f"{wanted.path} {wanted.bound}" + (f" ({', '.join(extra)})" if extra else "")
+
+
+def _written(number: float) -> str:
+    return repr(number).removesuffix(".0")

@@ -143,6 +143,8 @@ class RecordFile:
 
     def rewrite_above(self, change: Callable[[str], str]) -> None:
         """For `promote` and `renumber` alone: `change(text) -> text` edits the person's half, keeping its encoding."""
+        with suppress(UserError):  # what stands there twice, or was edited below, is put right first
+            self.facts()
         while True:
             halves, _ = self._settled()
             text = change(self._text(halves.above))
@@ -164,10 +166,12 @@ class RecordFile:
         return content
 
     def _written(self) -> Written:
+        """What is there and whole: a copy that its seal does not fit is none of ours."""
         versions = {}
         for name, path in (("waiting", self._next), ("last", self._last)):  # in this order: the next becomes the last
-            with suppress(FileNotFoundError, NotADirectoryError):
-                versions[name] = path.read_bytes()
+            with suppress(OSError):
+                version = path.read_bytes()
+                versions |= {name: version} if _sealed(self.id, version) else {}
         return Written(**versions)
 
     def _settled(self) -> tuple[Halves, Written]:
@@ -282,12 +286,17 @@ def _edited(record_id: str, halves: Halves, written: Written) -> str | None:
     if halves.below is None or written.holds(halves.below):
         return None
     below = halves.below.replace(b"\r\n", b"\n")
-    seal = _SEAL.search(below)
-    if seal and _seal(record_id, below[: seal.start()]) == seal[1].decode():
+    if _sealed(record_id, below):
         return None  # an earlier version, which an editor opened then and saved now
     if written.newest is not None:
         return "was edited below the line" if halves.below.strip() else "all below the line was deleted"
-    return "was edited below the line, and no copy is at hand to put it back" if seal else None
+    sealed = _SEAL.search(below)  # older records are not
+    return "was edited below the line, and no copy is at hand to put it back" if sealed else None
+
+
+def _sealed(record_id: str, below: bytes) -> bool:
+    seal = _SEAL.search(below)
+    return seal is not None and _seal(record_id, below[: seal.start()]) == seal[1].decode()
 
 
 def _seal(record_id: str, below: bytes) -> str:

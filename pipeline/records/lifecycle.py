@@ -8,13 +8,15 @@ record says so: complete, failed (with what, step, rows) or cancelled. A process
 `running`; `liveness` tells that it is dead, and `close_dead` closes it.
 """
 
+import fcntl
 import json
+import os
 import signal
 import socket
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,11 @@ from pipeline.errors import AletheiaError, Interrupted, StageFailed, UserError
 from pipeline.progress import say
 from pipeline.records import capture, criteria, ids
 from pipeline.records.file import RecordFile
+from pipeline.records.metrics import as_metric
 from pipeline.records.schema import Facts, Failure, Input, Lineage, Status, StatusChange, Verdict
 from pipeline.workspace import Workspace
+
+ENDED_EARLY = ("failed", "cancelled", "dead")  # what may be taken up again
 
 
 class Record:
@@ -57,15 +62,16 @@ class Record:
 
     def judge(self) -> None:
         """The verdict on the criteria frozen at the start; what was changed above the line since then is only shown."""
-        if self.facts.verdict is None:
-            return
-        verdict = criteria.judge(self.facts.verdict, self.facts.results | self.of_stages)
+        frozen = self.facts.verdict
         try:
             now = criteria.read(self.file.person().get("success_criteria"))
-            verdict.changed_after_start = criteria.changes(verdict.criteria, now)
+            changed = criteria.changes(frozen.criteria if frozen else [], now)
         except UserError as error:
-            verdict.changed_after_start = [f"could not be compared: {error}"]
-        self.facts.verdict = verdict
+            changed = [f"could not be compared: {error}"] if frozen else []
+        if frozen or changed:
+            frozen = frozen or Verdict(frozen_at=self.facts.history[0].at)
+            self.facts.verdict = criteria.judge(frozen, self.facts.results | self.of_stages)
+            self.facts.verdict.changed_after_start = changed
 
     def change_status(self, status: Status, note: str | None = None) -> None:
         self.facts.status = status
@@ -128,7 +134,10 @@ def open_record(
     parent: str | None = None,
     file: RecordFile | None = None,
 ) -> Iterator[Record]:
-    """Opens a new record, fills in a planned `file` or takes one back to running, and closes it whatever happens."""
+    """Opens a new record, fills in a planned `file` or takes one back to running, and closes it whatever happens.
+
+    Raises `UserError` for a `file` that is running or complete.
+    """
     lineage = Lineage(parent=parent, inputs=inputs or [])
     fresh = Facts(
         status="running",
@@ -138,18 +147,19 @@ def open_record(
         overrides=overrides,
         configuration=configuration,
     )
-    earlier = file.facts() if file else None
-    if file is None:
-        file = RecordFile(ids.allocate(workspace, lambda name, date: upper_half(name, date, person)))
-    if earlier is None:
-        fresh.verdict = _freeze(file, workspace)
-    record = Record(file, earlier or fresh, workspace)
-    with record.stop.listening():
-        try:
+    file = file or RecordFile(ids.allocate(workspace, lambda name, date: upper_half(name, date, person)))
+    with _held(file, workspace):
+        earlier = file.facts()
+        check_may_run(workspace, file, earlier)
+        if earlier is None:
+            fresh.verdict = _freeze(file, workspace)
+        record = Record(file, earlier or fresh, workspace)
+        with record.stop.listening(), _closing(record):
             meter = capture.Meter(cost)
             record.facts.failure = None
-            code = capture.code(record.folder)
-            record.facts.code = code | {"before_resume": earlier.code} if earlier else code
+            code, known = capture.code(record.folder), earlier.code if earlier else {}
+            if known | code != known:  # a run that is taken up often, by the same code, names it once
+                record.facts.code = code | ({"before_resume": known} if known else {})
             record.change_status("running", "resumed" if earlier else None)
             say(f"{stage}  {workspace.shown(file.path)}")
             try:
@@ -159,17 +169,50 @@ def open_record(
                 record.facts.resources = _add_up(earlier.resources if earlier else None, meter.read())
             record.judge()
             record.change_status("complete")
-            _say_verdict(record.facts.verdict)
-        except (Interrupted, KeyboardInterrupt) as error:
-            record.change_status("cancelled", str(error) or "interrupted")
-            raise error if isinstance(error, Interrupted) else Interrupted("interrupted") from None
-        except BaseException as error:
-            try:
-                record.facts.failure = _failure(error, record.folder)
-                record.change_status("failed")
-            except OSError as second:  # a full disk: what went wrong first is still what is told
-                say(f"note: {file.path} could not be closed ({second.strerror}) and will read as dead")
-            raise
+        _say_verdict(record.facts.verdict)
+
+
+@contextmanager
+def _held(file: RecordFile, workspace: Workspace) -> Iterator[None]:
+    """Locks the record's folder: of two that start one plan at once, one runs it. A process that is gone holds none."""
+    file.folder.mkdir(exist_ok=True)
+    handle = os.open(file.folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError("is running", where=workspace.shown(file.path), remedy="waiting for it to end") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _closing(record: Record) -> Iterator[None]:
+    """Whatever ends the block early, the record says so."""
+    try:
+        yield
+    except BaseException as error:
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        try:
+            record.facts.failure = None if stopped else _failure(error, record.folder)
+            record.change_status(
+                "cancelled" if stopped else "failed", (str(error) or "interrupted") if stopped else None
+            )
+        except OSError as second:  # a full disk: what went wrong first is still what is told
+            say(f"note: {record.file.path} could not be closed ({second.strerror}) and will read as dead")
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted("interrupted") from None
+        raise
+
+
+def check_may_run(workspace: Workspace, file: RecordFile, facts: Facts | None) -> None:
+    """A plan may, and what ended early. Raises `UserError`."""
+    if facts is not None and (state := liveness(facts)) not in ENDED_EARLY:
+        remedy = "aletheia exp plan" if state == "complete" else "waiting for it to end"
+        raise UserError(f"is {state}: a record is run once", where=workspace.shown(file.path), remedy=remedy)
 
 
 def close_dead(file: RecordFile, facts: Facts) -> None:
@@ -223,14 +266,12 @@ def _say_verdict(verdict: Verdict | None) -> None:
 
 def _last_step(log: Path) -> int | None:
     try:
-        lines = log.read_text("utf-8").splitlines()
+        lines = log.read_bytes().splitlines()
     except OSError:
         return None
     for line in reversed(lines):
-        try:
+        with suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):  # the last line may be torn
             return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):  # the last line may be torn
-            continue
     return None
 
 
@@ -265,12 +306,18 @@ def _add_up(earlier: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, An
         total["note"] = "without the part of the run that was killed, which could not be measured"
     earlier = earlier or {}
     for key in ("wall_seconds", "cpu_seconds", "gpu_hours"):
-        total[key] = round(earlier.get(key, 0) + now.get(key, 0), 4)
+        total[key] = round(_amount(earlier, key) + now.get(key, 0), 4)
     for key in ("peak_memory_gb", "gpu_peak_memory_gb"):
         if key in now:
-            total[key] = max(earlier.get(key, 0), now[key])
+            total[key] = max(_amount(earlier, key), now[key])
     for block, keys in (("energy", ("kwh", "co2_kg")), ("cost", ("amount",))):
         total[block] = now[block] | {
-            key: float(f"{earlier.get(block, {}).get(key, 0) + now[block][key]:.3g}") for key in keys
+            key: float(f"{_amount(earlier.get(block), key) + now[block][key]:.3g}") for key in keys
         }
     return total
+
+
+def _amount(block: Any, key: str) -> float:
+    """0 where an older or damaged record has no number."""
+    known = as_metric(block.get(key)) if isinstance(block, dict) else None
+    return known.value if known else 0.0

@@ -27,15 +27,8 @@ from pipeline.workspace import Workspace
 
 TITLE = 100  # characters of a description that fits into the heading
 STARTS_FROM = {"sft": "the base", "eval": "the base", "dpo": "the SFT policy, its reference"}
-PLACED = (
-    "experiment_id",
-    "date",
-    "description",
-    "hypothesis",
-    "profile",
-    "stages",
-    "overrides",
-)  # elsewhere on the page
+# elsewhere on the page
+PLACED = {"experiment_id", "date", "description", "hypothesis", "profile", "stages", "overrides"}
 FIRST = ("observations", "conclusion", "analysis", "issues", "learnings", "next_steps", "journal")
 
 
@@ -57,6 +50,7 @@ def page(workspace: Workspace, file: RecordFile, reading: Reading, folder: Path)
         "report.md.jinja",
         id=file.id,
         facts=facts,
+        is_plan=facts is None and reading.damage is None,
         title=title,
         description=[] if title else described,
         problems=list(_problems(reading)),
@@ -81,9 +75,11 @@ def page(workspace: Workspace, file: RecordFile, reading: Reading, folder: Path)
 
 
 def _problems(reading: Reading) -> Iterator[str]:
-    for problem in (reading.mistake, reading.damage, reading.edited):
+    for problem in (reading.mistake, reading.damage):
         if problem:
             yield f"Not whole: {problem}"
+    if reading.edited:
+        yield f"The record {reading.edited}."
     if reading.facts and liveness(reading.facts).startswith("running"):
         yield "Partial: the run has not ended."
 

@@ -11,6 +11,7 @@ that; W&B then shows the export's time for every step, because the log has no cl
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +36,7 @@ def export_wandb(workspace: Workspace, exp: str, output: Path | None, force: boo
     _writable(workspace, folder)
     runs: dict[str, Path] = {}
     try:
-        with _own_environment(folder):
+        with _alone(folder):
             for record in family:
                 runs[record.id] = _write(record, folder)
         for run in runs.values():
@@ -80,9 +81,9 @@ def _writable(workspace: Workspace, folder: Path) -> None:
 
 
 @contextmanager
-def _own_environment(folder: Path) -> Iterator[None]:
-    """No setting of the shell's reaches the run, no file of W&B's lands at home, and its service process is ended."""
-    before = dict(os.environ)
+def _alone(folder: Path) -> Iterator[None]:
+    """No setting of the shell's reaches the run, no file of W&B's lands at home, and none of its hooks outlives it."""
+    before, hooks = dict(os.environ), (sys.exit, sys.excepthook)
     for name in before:
         if name.startswith("WANDB_"):
             del os.environ[name]
@@ -100,7 +101,8 @@ def _own_environment(folder: Path) -> Iterator[None]:
     except wandb.Error as error:
         raise UserError(f"W&B: {str(error).splitlines()[0]}") from error
     finally:
-        wandb.teardown()
+        wandb.teardown()  # ends its service process
+        sys.exit, sys.excepthook = hooks
         shutil.rmtree(folder / "wandb" / "cache", ignore_errors=True)  # the service's own log
         os.environ.clear()
         os.environ.update(before)

@@ -80,8 +80,8 @@ def test_the_page_has_what_was_asked_found_and_noted(aletheia: Run, place: Works
     assert found["history"] == ["running 2026-01-01 10:00:00Z → complete 2026-01-01 10:05:00Z (resumed)"]
     header, loss, choices = found["figures"]
     assert header.split("  ")[0] == "value"
-    assert loss.split() == "eval_loss 5.98 → 5.43 -0.55 [-0.58, -0.51] 25 nats a token".split()
-    assert choices.split() == "benchmarks.choices 0.2 → 0.23 +0.03 [-0.03, +0.1] 30 no difference shown".split()
+    assert " ".join(loss.split()) == "eval_loss 5.98 → 5.43 -0.55 [-0.58, -0.51] 25 nats a token"
+    assert " ".join(choices.split()) == "benchmarks.choices 0.2 → 0.23 +0.03 [-0.03, +0.1] 30 no difference shown"
     assert found["and"][0].split() == ["judge", "words"]
     assert found["overrides"] == ["sft_config.lora_rank = 32", "sft_config.shuffle_answers = true"]
     assert found["data"] == [f"train  35 rows of 2 domains  {'a' * 12}"]
