@@ -9,13 +9,15 @@ content. The served model is asked through the openai client, and stopped as a p
 import json
 from typing import Any
 
-from aletheia.exp.run import STAGES, Pipeline, open_pipeline
+from aletheia.exp.run import Pipeline, open_pipeline
+from aletheia.report import write_report
 from aletheia.summary import summary_table
 from pipeline import statistics
 from pipeline.progress import say
 from pipeline.records import find
 from pipeline.records.file import RecordFile
 from pipeline.records.lifecycle import Record
+from pipeline.records.person import STAGES
 from pipeline.stage import Job
 
 DESCRIPTION = "The demo: every stage once, and the control beside SFT."
@@ -32,6 +34,7 @@ def run_demo(job: Job) -> Record:
             pipeline.run(stage)
     say("")
     summary_table([(f.id, facts) for f, facts in find.children(job.workspace, record.id)] + [(record.id, record.facts)])
+    say(f"\nreport   {write_report(job.workspace, None, markdown=False)}")
     say(_closing(job, record))
     return record
 

@@ -10,6 +10,7 @@ from pipeline.errors import StageFailed
 from pipeline.profile import as_assignments
 from pipeline.progress import say
 from pipeline.records import find
+from pipeline.records.lifecycle import liveness
 from pipeline.stage import Job
 
 READY_WITHIN = 120.0  # seconds for the server
@@ -47,7 +48,7 @@ def _ready(job: Job, server: "subprocess.Popen[bytes]") -> dict[str, Any]:
         if server.poll() is not None:
             raise StageFailed(f"the server ended with exit code {server.returncode} before it was ready")
         for _, facts in find.children(job.workspace, job.parent or ""):
-            if facts.stage == "serve" and facts.status == "running" and "address" in facts.results:
+            if facts.stage == "serve" and liveness(facts) == "running" and "address" in facts.results:
                 try:
                     if httpx.get(facts.results["address"].removesuffix("/v1") + "/health").status_code == 200:
                         return facts.results

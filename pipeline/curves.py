@@ -7,6 +7,7 @@ older one's memory for instance, is left out. The report's charts, which one can
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -175,7 +176,8 @@ def _with_held_out(ax: Any, training: Points, log: Log, key: str) -> None:
     if lines:
         value = [line[key] for line in lines]
         ends = [
-            [abs(line.get(f"{key}_{end}", line[key]) - line[key]) for line in lines] for end in ("ci_low", "ci_high")
+            [abs(_or(line.get(f"{key}_{end}"), line[key]) - line[key]) for line in lines]
+            for end in ("ci_low", "ci_high")
         ]
         n = lines[-1].get("eval_n")
         label = f"held-out rows, 95 % interval{f', n = {n}' if n else ''}"
@@ -216,11 +218,15 @@ def _series(log: Log, key: str) -> Points:
 
 def _number(value: Any) -> bool:
     """A finite one: JSON written by Python may hold NaN."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _or(value: Any, otherwise: float) -> float:
+    return value if _number(value) else otherwise
 
 
 def _positive(value: Any) -> float:
-    return value if _number(value) and value > 0 else float("nan")
+    return value if _number(value) and value > 0 else math.nan
 
 
 def _step_label(log: Log) -> str:

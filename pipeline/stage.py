@@ -18,6 +18,7 @@ from pipeline.quiet import quiet
 from pipeline.records import criteria, find
 from pipeline.records.file import RecordFile
 from pipeline.records.lifecycle import Record, open_record
+from pipeline.records.person import STAGES
 from pipeline.records.schema import Facts, Input
 from pipeline.workspace import Workspace
 
@@ -88,8 +89,9 @@ def run_stage(stage: type[Stage], job: Job) -> Record:
 
 def persons_half(job: Job, stages: Sequence[str]) -> dict[str, Any]:
     """What a new record says above its line."""
+    profile, configs = job.profile, job.workspace.configs
     return {
-        "profile": job.profile.id,
+        "profile": profile.id if profile.path.parent == configs else profile.shown,  # what finds it again
         "stages": list(stages),
         "description": job.description,
         "hypothesis": job.hypothesis,
@@ -126,26 +128,38 @@ def steps_in_all(config: SftConfig | DpoConfig, rows: int) -> int:
 
 
 def _as_begun(job: Job, file: RecordFile, facts: Facts) -> Job:
-    """A resume takes up the overrides and the source it began with; anything else is another experiment, and refused."""
-    if not job.profile.overrides:
+    """A resume takes up the overrides and the source it began with; anything else is another experiment, and refused.
+
+    A plan says its overrides itself. What only later stages read may differ.
+    """
+    planned = job.record is not None
+    if not job.profile.overrides and not planned:
         overrides = as_assignments(facts.overrides)
         job = replace(job, profile=load_profile(job.workspace, str(job.profile.path), overrides))
     now = flat(job.config.model_dump(mode="json"))
-    for key, then in flat(facts.configuration).items():
+    for key, then in flat(upto(facts.stage, facts.configuration)).items():
         if now.get(key) != then:
             raise UserError(
                 f"{key} is {now.get(key)!r}, the run to resume has {then!r}",
                 where=job.workspace.shown(file.path),
-                remedy=f"--set {key}={then} or a run of its own, without --resume",
+                remedy=f"`{key}: {then}` in its overrides, or another plan"
+                if planned
+                else f"--set {key}={then} or a run of its own, without --resume",
             )
     source = facts.lineage.inputs[0].id if facts.lineage.inputs else "base"
     if job.source not in (None, source):
         raise UserError(
             f"the run to resume began from {source}, not {job.source}",
             where=job.workspace.shown(file.path),
-            remedy="a run of its own, without --resume",
+            remedy="another plan" if planned else "a run of its own, without --resume",
         )
     return replace(job, source=source)
+
+
+def upto(stage: str, configuration: dict[str, Any]) -> dict[str, Any]:
+    """Without the sections of later stages, which this one does not depend on."""
+    later = STAGES[STAGES.index(stage) + 1 :] if stage in STAGES else ()
+    return {key: value for key, value in configuration.items() if key.removesuffix("_config") not in later}
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -133,7 +133,7 @@ def _taken(file: Path, digest: str, log: Log, placed: Placed) -> Taken:
     foreign_id = placed.person.get("foreign_id")
     kept = ", ".join(f"`{name}`" for name in placed.unplaced)
     notes = [*placed.remarks, *([f"kept under notes: {kept}"] if kept else [])]
-    own = hashlib.sha256(f"{foreign_id}\n{log.text}".encode()).hexdigest()
+    own = hashlib.sha256(f"{foreign_id}\n{log.text.strip()}".encode()).hexdigest()
     origin = Origin(file.name, log.line, own, digest, None if foreign_id is None else str(foreign_id), notes)
     half: dict[str, Any] = {"date": None} | placed.person
     facts = None

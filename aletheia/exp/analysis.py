@@ -25,11 +25,11 @@ SLOWER = 0.7  # of the throughput at the beginning
 class Step:
     step: int
     epoch: float
-    loss: float | None  # None: not finite
+    finite: bool
+    loss: float | None
     grad_norm: float | None
     learning_rate: float | None
     tokens_per_second: float | None
-    finite: bool
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,9 @@ class Log:
     @property
     def spikes(self) -> list[int]:
         norms = [(s.step, s.grad_norm) for s in self.steps if s.grad_norm is not None]
-        found = []
-        for place, (step, norm) in enumerate(norms):
-            before = [n for _, n in norms[max(0, place - RUNNING) : place]]
-            if len(before) >= ENOUGH and norm > SPIKE * median(before):
-                found.append(step)
-        return found
+        before = [[norm for _, norm in norms[max(0, i - RUNNING) : i]] for i in range(len(norms))]
+        both = zip(norms, before, strict=True)
+        return [step for (step, norm), b in both if len(b) >= ENOUGH and norm > SPIKE * median(b)]
 
     @cached_property
     def falls(self) -> bool | None:
@@ -131,9 +128,8 @@ class Log:
         third = len(losses) // 3
         if third < ENOUGH or not self.falls:
             return None
-        first, middle, last = (
-            fmean(loss for _, loss in part) for part in (losses[:third], losses[third:-third], losses[-third:])
-        )
+        parts = losses[:third], losses[third:-third], losses[-third:]
+        first, middle, last = (fmean(loss for _, loss in part) for part in parts)
         return losses[-third][0] if middle - last < LITTLE * (first - last) else None
 
     @property
@@ -171,7 +167,7 @@ def parse(lines: Sequence[dict[str, Any]]) -> Log:
             names = ("loss", "grad_norm", "learning_rate", "tokens_per_second")
             values = [_number(line, name) for name in names]
             finite = all(value is not None for name, value in zip(names, values, strict=True) if name in line)
-            steps[int(step)] = Step(int(step), epoch, *values, finite)
+            steps[int(step)] = Step(int(step), epoch, finite, *values)
     return Log([steps[s] for s in sorted(steps)], [validations[s] for s in sorted(validations)], unplaced)
 
 
@@ -190,9 +186,8 @@ def _measured(line: dict[str, Any], name: str) -> Metric | None:
     value, n = _number(line, name), _number(line, "eval_n")
     if value is None:
         return None
-    return Metric(
-        value, _number(line, f"{name}_ci_low"), _number(line, f"{name}_ci_high"), None if n is None else int(n)
-    )
+    low, high = (_number(line, f"{name}_{end}") for end in ("ci_low", "ci_high"))
+    return Metric(value, low, high, None if n is None else int(n))
 
 
 def _number(line: dict[str, Any], name: str) -> float | None:

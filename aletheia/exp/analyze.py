@@ -44,7 +44,7 @@ def analyze(workspace: Workspace, name: str, as_json: bool) -> None:
         print_json(plain(_as_data(file.id, facts, log, found, tried)))
         return
     rows: list[tuple[str, Any]] = [
-        (file.id, f"{facts.stage}, {liveness(facts)}, {len(log.steps)} steps in {len(log.epochs)} epochs"),
+        (file.id, f"{facts.stage}, {liveness(facts)}, {len(log.steps)} steps, {len(log.epochs)} epochs begun"),
         ("", ""),
         ("epochs", _epochs(log)),
         ("", ""),

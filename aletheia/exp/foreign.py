@@ -63,7 +63,7 @@ NAMES = {  # our key, or a key inside it, and what others call it
     "per_group": "per_group_results group_results results_by_group per_class per_domain",
     "baselines": "baseline baseline_comparison comparison_with_baselines",
     "feature_importance": "feature_importances",
-    "visualizations": "visualisations plots figures images charts",
+    "plots": "visualizations visualisations figures images charts",
     "artifact_uris": "artifacts artefacts outputs checkpoints",
     "code_version": "code git version_control",
     "code_version.commit": "git_commit commit commit_hash git_sha",
@@ -132,10 +132,10 @@ INNER = {  # the same inside one of our keys
         "seed": "random_seed split_seed",
     },
     "variables": {"name": "variable factor", "values": "range levels options"},
-    "visualizations": {"path": "file plot figure image filename", "purpose": "description caption what_it_shows shows"},
+    "plots": {"path": "file plot figure image filename", "purpose": "description caption what_it_shows shows"},
 }
 ROWS = {  # what holds a list: INNER is about each item
-    "artifact_uris", "baselines", "conditions", "journal", "metrics", "next_steps", "variables", "visualizations",
+    "artifact_uris", "baselines", "conditions", "journal", "metrics", "next_steps", "plots", "variables",
 }  # fmt: skip
 GROUPS = {  # headings over several of our keys; what is left of them goes there
     "experiment": None,
@@ -152,6 +152,7 @@ GROUPS = {  # headings over several of our keys; what is left of them goes there
 VERBATIM = ("date", "foreign_id", "title", "tags", "related", "parent", "template_version")  # no ranges in these
 PLACEHOLDER = re.compile(
     r"tb[acd]|to[ -]?do|n/a|x{2,}|\?{2,}|\.{3}|…|yyyy-?mm-?dd|\d{4}-xx-xx|\[?(fill in|to be (filled in|decided|determined))\]?"
+    r"|<!--[^<>]*-->"
     r"|<[^<>@:]*( |fill|name|date|todo|tbd|your|insert|here)[^<>@:]*>",
     re.IGNORECASE,
 )
@@ -308,7 +309,8 @@ class _Placing:
         if key == "success_criteria":
             return self._criteria(value, path)
         if key in ("next_steps", "tags", "stages", "related") and value is not None:
-            items = value if isinstance(value, list) else re.split(r",\s*", value) if key == "tags" else [value]
+            words = re.split(r",\s*", value) if key == "tags" and isinstance(value, str) else [value]
+            items = value if isinstance(value, list) else words
             return [str(item) if isinstance(item, int | float) else item for item in items if item is not None]
         return value
 

@@ -331,12 +331,12 @@ def _table(block: Node, key: str) -> Any:
     if key in ("epochs.best", "epochs.latest", "confusion_matrix") or (key in MAPPINGS and len(names) > 2):
         return {str(row[0]): dict(zip(names[1:], row[1:], strict=True)) for row in body}
     found = [dict(zip(names, row, strict=True)) for row in body]
-    return [_picture(row) for row in found] if key == "visualizations" or _guess(found) == "visualizations" else found
+    return [_picture(row) for row in found] if key == "plots" or _guess(found) == "plots" else found
 
 
 def _picture(row: dict[str, Any]) -> dict[str, Any]:
     """A linked file is the file; the link's text is its title."""
-    shown = {inner("visualizations", name): value for name, value in row.items()}
+    shown = {inner("plots", name): value for name, value in row.items()}
     link = _LINK.fullmatch(str(shown.get("path")))
     return shown | {"path": link[2], "title": link[1]} if link else shown
 
@@ -347,8 +347,8 @@ def _guess(value: Any) -> str:
         columns = list(value[0])
         if plain(columns[0]) == "epoch":
             return "epochs.history"
-        if {"path", "purpose"} <= {inner("visualizations", name) for name in columns}:
-            return "visualizations"
+        if {"path", "purpose"} <= {inner("plots", name) for name in columns}:
+            return "plots"
         if inner("metrics", columns[0]) == "name":
             return "metrics"
         return "table"

@@ -7,19 +7,24 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from aletheia.exp.mend import located
 from aletheia.output import print_json
+from pipeline import yamlio
 from pipeline.errors import UserError
 from pipeline.progress import say
 from pipeline.records import criteria, ids
-from pipeline.records.file import Reading, RecordFile
+from pipeline.records.file import LINE, Reading, RecordFile
 from pipeline.records.lifecycle import liveness
 from pipeline.records.person import problems
 from pipeline.workspace import Workspace
 
+Severity = Literal["error", "warning"]
+_OWN_ID = re.compile(rb"(?m)^(?:\xef\xbb\xbf)?experiment_id:[ \t]*['\"]?(EXP-\d{4}-\d{2}-\d{2}-\d{3,})\b")
 _CONFLICT = re.compile(r"(?m)^(<{7} |={7}$|>{7} )")
 _ID = re.compile(r"\bEXP-\d{4}-\d{2}-\d{2}-\d{3,}\b")
 
@@ -29,7 +34,7 @@ class Finding:
     file: str
     line: int
     column: int
-    severity: Literal["error", "warning"]
+    severity: Severity
     what: str
 
     def __str__(self) -> str:
@@ -38,76 +43,90 @@ class Finding:
 
 def lint(workspace: Workspace, exps: Sequence[str], as_json: bool) -> bool:
     """Prints what is wrong in `exps` (ids or files; default: all). False when there is an error."""
-    paths = [_path(workspace, exp) for exp in exps] or sorted(workspace.experiments.glob("EXP-*.yaml"))
-    findings = [finding for path in paths for finding in _of_file(workspace, path)]
-    findings += list(_doubled(workspace, set(paths)))
+    files = [located(workspace, exp) for exp in exps]
+    files = files or [RecordFile(path) for path in sorted(workspace.experiments.glob("EXP-*.yaml"))]
+    findings = [finding for file in files for finding in _of_file(workspace, file)]
+    findings += _doubled(workspace, {file.path for file in files})
     errors = sum(finding.severity == "error" for finding in findings)
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
         for finding in findings:
             print(finding, file=sys.stdout)
-        say(f"{len(paths)} records, {errors} errors, {len(findings) - errors} warnings")
+        say(f"{len(files)} records, {errors} errors, {len(findings) - errors} warnings")
     return errors == 0
 
 
-def _of_file(workspace: Workspace, path: Path) -> Iterator[Finding]:
-    shown = workspace.shown(path)
+def _of_file(workspace: Workspace, file: RecordFile) -> Iterator[Finding]:
+    shown = workspace.shown(file.path)
 
-    def found(what: str, severity: Literal["error", "warning"] = "error", line: int = 1, column: int = 1) -> Finding:
+    def found(what: str, severity: Severity = "error", line: int = 1, column: int = 1) -> Finding:
         return Finding(shown, line, column, severity, what)
 
-    file = RecordFile(path)
     try:
-        read = file.read()
+        read, whole = file.read(), file.path.read_bytes().decode("utf-8", "replace")
     except UserError as error:
         yield found(error.what)
+        return
+    conflict = _CONFLICT.search(whole)
+    if conflict:
+        yield found("a merge conflict is not resolved", line=_line(whole, conflict.start()))
         return
     try:
         text = file.above()
     except UserError as error:
-        yield found(error.what, line=_line(error), column=_line(error, 2))
-        return
-    conflict = _CONFLICT.search(text)
-    if conflict:
-        yield found("a merge conflict is not resolved", line=text.count("\n", 0, conflict.start()) + 1)
-        return
-    for problem in problems(text):
-        what = f"{problem.key + ': ' if problem.key else ''}{problem.what}" + (
-            f"; try {problem.remedy}" if problem.remedy else ""
-        )
-        yield found(what, problem.severity, problem.line, problem.column)
-    if read.mistake:
-        return
-    yield from (found(*one) for one in _of_record(workspace, file, read))
+        yield found(error.what, "error", *_place(error))
+    else:
+        for problem in problems(text):
+            what = f"{problem.key + ': ' if problem.key else ''}{problem.what}"
+            what += f"; try {problem.remedy}" if problem.remedy else ""
+            yield found(what, problem.severity, problem.line, problem.column)
+        if read.mistake is None:
+            for what, severity, line in _of_person(workspace, file, read, yamlio.load(text)):
+                yield found(what, severity, line)
+    if read.damage:
+        yield found(f"below the line: {read.damage.what}", "error", *_place(read.damage))
+    below = _line(whole, whole.find(LINE)) if LINE in whole else 1
+    for what, severity in _of_facts(file, read):
+        yield found(what, severity, below)
+    for name in sorted(_named(read) - {file.id}):
+        if not (workspace.experiments / f"{name}.yaml").exists():
+            yield found(f"names {name}, and there is no such record", "warning", _line(whole, whole.find(name)))
 
 
-def _of_record(
-    workspace: Workspace, file: RecordFile, read: Reading
-) -> Iterator[tuple[str, Literal["error", "warning"]]]:
+def _of_person(
+    workspace: Workspace, file: RecordFile, read: Reading, document: yamlio.Document
+) -> Iterator[tuple[str, Severity, int]]:
+    """What does not fit its name, its criteria or what has run."""
     said = read.person.get("experiment_id")
     if not ids.ID.match(file.id):
-        yield f"`{file.id}` is no record's name; try aletheia exp renumber {workspace.shown(file.path)}", "error"
+        yield f"`{file.id}` is no record's name; try aletheia exp renumber {workspace.shown(file.path)}", "error", 1
     elif said is not None and said != file.id:
-        yield f"experiment_id: is {said}, the file is {file.id}; try the file's name", "error"
-    try:
-        now = criteria.read(read.person.get("success_criteria"))
-        frozen = read.facts.verdict.criteria if read.facts and read.facts.verdict else []
-        for change in criteria.changes(frozen, now) if read.facts else []:
-            yield f"success_criteria: changed after the start, and not used: {change}", "warning"
-    except UserError as error:
-        yield str(error), "error"
-    if read.damage:
-        yield f"below the line: {read.damage.what}", "error"
+        what = f"experiment_id: is {said}, the file is {file.id}; try the file's name"
+        yield what, "error", document.lines.get(("experiment_id",), 1)
+    wanted = read.person.get("success_criteria")
+    for index, value in enumerate(wanted if isinstance(wanted, list) else []):
+        text = value.get("criterion") if isinstance(value, dict) else value
+        try:
+            if isinstance(text, str):
+                criteria.parse(text, f"success_criteria[{index + 1}]")
+        except UserError as error:
+            yield str(error), "error", document.lines.get(("success_criteria", index), 1)
+    if read.facts:
+        frozen = read.facts.verdict.criteria if read.facts.verdict else []
+        with suppress(UserError):
+            for change in criteria.changes(frozen, criteria.read(wanted)):
+                what = f"success_criteria: changed after the start, and not used: {change}"
+                yield what, "warning", document.lines.get(("success_criteria",), 1)
+
+
+def _of_facts(file: RecordFile, read: Reading) -> Iterator[tuple[str, Severity]]:
     if read.edited:
         yield f"{read.edited}; try aletheia exp sync {file.id}", "error"
     if read.pending:
         yield f"what the pipeline knows waits beside it; try aletheia exp sync {file.id}", "error"
     if read.facts and liveness(read.facts) == "dead":
         yield f"its process is gone; try aletheia exp repair {file.id}", "warning"
-    for name in sorted(_named(read) - {file.id}):
-        if not (workspace.experiments / f"{name}.yaml").exists():
-            yield f"names {name}, and there is no such record", "warning"
 
 
 def _named(read: Reading) -> set[str]:
@@ -126,24 +145,22 @@ def _doubled(workspace: Workspace, asked: set[Path]) -> Iterator[Finding]:
     """Two files with one id: two checkouts made it, and both came together."""
     claims: dict[str, list[Path]] = defaultdict(list)
     for path in sorted(workspace.experiments.glob("EXP-*.yaml")):
-        match = re.search(rb"(?m)^experiment_id:\s*['\"]?(EXP-\d{4}-\d{2}-\d{2}-\d{3,})\b", path.read_bytes())
+        match = _OWN_ID.search(path.read_bytes()) if path.is_file() else None
         claims[match[1].decode() if match else path.stem].append(path)
-    for experiment_id, paths in claims.items():
-        for path in paths[1:] if len(paths) > 1 else []:
-            if path in asked or paths[0] in asked:
-                other = workspace.shown(paths[0])
-                what = f"{other} has the id {experiment_id} too; try aletheia exp renumber on one of the two"
-                yield Finding(workspace.shown(path), 1, 1, "error", what)
+    for experiment_id, (first, *others) in claims.items():
+        for path in others:
+            if path in asked or first in asked:
+                what = f"{workspace.shown(first)} has the id {experiment_id} too"
+                yield Finding(
+                    workspace.shown(path), 1, 1, "error", f"{what}; try aletheia exp renumber on one of the two"
+                )
 
 
-def _path(workspace: Workspace, exp: str) -> Path:
-    path = Path(exp) if Path(exp).suffix == ".yaml" else workspace.experiments / f"{exp}.yaml"
-    path = path if path.is_absolute() or path.exists() else workspace.root / path
-    if not path.exists():
-        raise UserError("there is no such record", where=exp, remedy="aletheia exp list")
-    return path.resolve() if path.is_absolute() else (Path.cwd() / path)
+def _line(text: str, position: int) -> int:
+    return text.count("\n", 0, max(position, 0)) + 1
 
 
-def _line(error: UserError, place: int = 1) -> int:
-    parts = error.where.split(":")
-    return int(parts[place]) if len(parts) > place and parts[place].isdigit() else 1
+def _place(error: UserError) -> tuple[int, int]:
+    """Line and column, where the error tells them."""
+    match = re.search(r":(\d+)(?::(\d+))?$", error.where)
+    return (int(match[1]), int(match[2] or 1)) if match else (1, 1)

@@ -17,10 +17,12 @@ from aletheia.output import print_json, print_table
 from pipeline.errors import UserError
 from pipeline.progress import say
 from pipeline.records import find, ids
-from pipeline.records.file import RecordFile
+from pipeline.records.file import RecordFile, split
 from pipeline.records.lifecycle import close_dead, liveness
 from pipeline.records.schema import Facts
 from pipeline.workspace import Workspace
+
+_OWN_LINE = re.compile(rb"(?m)^((?:\xef\xbb\xbf)?experiment_id:[ \t]*['\"]?)EXP-[\d-]+\b")
 
 
 def repair(workspace: Workspace, exps: Sequence[str], as_json: bool) -> None:
@@ -36,7 +38,7 @@ def repair(workspace: Workspace, exps: Sequence[str], as_json: bool) -> None:
         if facts and state == "dead":
             close_dead(file, facts)
             step = facts.failure.step if facts.failure else None
-            resume = f"; aletheia {facts.stage} --resume goes on" if facts.stage in ("sft", "dpo") else ""
+            resume = f"; aletheia exp run {facts.lineage.parent or file.id} goes on" if facts.stage != "serve" else ""
             done.append({"id": file.id, "done": f"closed as failed{f' after step {step}' if step else ''}{resume}"})
         elif state.startswith("running on") or exps:
             done.append({"id": file.id, "done": f"left as it is: {state}"})
@@ -61,6 +63,9 @@ def sync(workspace: Workspace, exps: Sequence[str], as_json: bool) -> bool:
             what = read.edited or "completed with what had waited beside it"
             done.append({"id": file.id, "done": what + (": undone" if read.edited and complete else "")})
             whole = whole and complete
+        elif read.damage:
+            done.append({"id": file.id, "done": f"no copy is at hand to put it right: {read.damage}"})
+            whole = False
     _print(done, as_json, "every record is in step with what the pipeline knows")
     return whole
 
@@ -71,26 +76,28 @@ def renumber(workspace: Workspace, exp: str) -> Path:
     Where another file has the same id, a reference is changed only when it can be told to mean this one (by the hash of
     what was taken, or by naming each other); the others are named. Raises `UserError`.
     """
-    file = RecordFile(Path(exp)) if Path(exp).suffix == ".yaml" and Path(exp).is_file() else find.named(workspace, exp)
-    old = _own_id(file)
-    facts = file.facts()
+    file = located(workspace, exp)
+    file.person()  # what cannot be read cannot be changed
+    facts, old = file.facts(), _own_id(file)
+    if old is None:
+        what = "has no id to be renumbered from"
+        raise UserError(what, where=workspace.shown(file.path), remedy="`experiment_id: EXP-…` above the line")
     if facts and liveness(facts).startswith("running"):
         raise UserError("is running", where=workspace.shown(file.path), remedy="renumbering it when it has ended")
     twins = [other for other in _all(workspace) if other.path != file.path and _own_id(other) == old]
-    content = file.path.read_bytes()
-    path = ids.allocate(workspace, lambda experiment_id, date: content, date=old[4:14])
-    new = RecordFile(path)
-    own = _replacer(old, path.stem)
-    file.path.unlink()
-    if not (twins and file.id == old and any(twin.id == old for twin in twins)):
-        _move_folders(workspace, file.id, path.stem)
-    new.rewrite_above(
-        lambda text: re.sub(rf"(?m)^(experiment_id:\s*['\"]?){re.escape(old)}\b", rf"\g<1>{path.stem}", text)
+    above = split(file.path.read_bytes()).above
+    path = ids.allocate(
+        workspace, lambda experiment_id, date: _OWN_LINE.sub(rb"\g<1>" + experiment_id.encode(), above), date=old[4:14]
     )
+    new = RecordFile(path)
+    _move_folders(workspace, file.id, path.stem)
     if facts:
-        renamed = Facts.model_validate(_deep(facts.model_dump(mode="json"), own))
-        renamed.history[-1].note = "; ".join(filter(None, [renamed.history[-1].note, f"renumbered from {old}"]))
+        renamed = _renamed(facts, old, path.stem)
+        last = renamed.history[-1] if renamed.history else None
+        if last:
+            last.note = "; ".join(filter(None, [last.note, f"renumbered from {old}"]))
         new.write(renamed)
+    file.path.unlink()
     for other in _all(workspace):
         if other.path != new.path:
             _refer(workspace, other, old, path.stem, facts, twins)
@@ -106,13 +113,14 @@ def _refer(
     if not re.search(rf"\b{old}\b(?!\d)", text) or any(other.path == twin.path for twin in twins):
         return
     shown = workspace.shown(other.path)
-    replace = _replacer(old, new)
     try:
         theirs = other.facts()
+        if theirs and liveness(theirs).startswith("running"):  # its process would write the old id again
+            raise UserError("is running", where=shown)
         if theirs:
             before = theirs.model_dump()
             if not twins:
-                theirs = Facts.model_validate(_deep(theirs.model_dump(mode="json"), replace))
+                theirs = _renamed(theirs, old, new)
             elif facts:
                 _repoint(theirs, other.id, old, new, facts, twins)
             if theirs.model_dump() != before:
@@ -123,7 +131,7 @@ def _refer(
             if twins:
                 say(f"note: {shown}: names {old} above the line; which of the two is meant, only you can tell")
             else:
-                other.rewrite_above(replace)
+                other.rewrite_above(_replacer(old, new))
                 say(f"{shown}: names {new} now")
     except UserError as error:
         say(f"note: {error}; its references to {old} are left as they are")
@@ -160,6 +168,12 @@ def _move_folders(workspace: Workspace, old: str, new: str) -> None:
             )
 
 
+def _renamed(facts: Facts, old: str, new: str) -> Facts:
+    """With the new id for the old one wherever it stands, but for the history, which tells what was."""
+    renamed = Facts.model_validate(_deep(facts.model_dump(mode="json"), _replacer(old, new)))
+    return renamed.model_copy(update={"history": facts.history})
+
+
 def _replacer(old: str, new: str) -> Callable[[str], str]:
     return lambda text: re.sub(rf"\b{re.escape(old)}\b(?!\d)", new, text)
 
@@ -172,23 +186,29 @@ def _deep(value: Any, change: Callable[[str], str]) -> Any:
     return change(value) if isinstance(value, str) else value
 
 
-def _own_id(file: RecordFile) -> str:
-    """What the record says its id is; else its file's name."""
+def _own_id(file: RecordFile) -> str | None:
+    """What the record was called when it was written: its file's name, unless that was changed since."""
+    said, facts = None, None
     with suppress(UserError):
-        said = file.person().get("experiment_id")
-        if isinstance(said, str) and ids.ID.match(said):
-            return said
+        said, facts = file.person().get("experiment_id"), file.facts()
+    named = bool(ids.ID.match(file.id))
+    if isinstance(said, str) and ids.ID.match(said) and not (named and (facts is None or file.id in str(facts))):
+        return said
     match = re.match(r"EXP-\d{4}-\d{2}-\d{2}-\d{3,}", file.id)
-    if not match:
-        raise UserError(
-            "has no id to be renumbered from", where=str(file.path), remedy="experiment_id: EXP-…, above the line"
-        )
-    return match[0]
+    return match[0] if match else None
+
+
+def located(workspace: Workspace, exp: str) -> RecordFile:
+    """The record with this id, or the file at this path among the records, whatever its name. Raises `UserError`."""
+    for path in (Path(exp), workspace.root / exp, workspace.experiments / exp):
+        if path.suffix == ".yaml" and path.is_file() and path.resolve().parent == workspace.experiments.resolve():
+            return RecordFile(workspace.experiments / path.name)
+    return find.named(workspace, exp)
 
 
 def _all(workspace: Workspace) -> list[RecordFile]:
     """Every file that may be a record, also one whose name is no id."""
-    return [RecordFile(path) for path in sorted(workspace.experiments.glob("EXP-*.yaml"))]
+    return [RecordFile(path) for path in sorted(workspace.experiments.glob("EXP-*.yaml")) if path.is_file()]
 
 
 def _files(workspace: Workspace, exps: Sequence[str]) -> list[RecordFile]:

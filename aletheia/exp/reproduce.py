@@ -97,10 +97,10 @@ def compare(then: Facts, now: Facts, changed: Sequence[str] = ()) -> Iterator[Co
     for path in dict.fromkeys([*figures[0], *figures[1]]):
         yield _figure(path, figures[0].get(path), figures[1].get(path))
     files = [{Path(*Path(a.path).parts[2:]): a.sha256 for a in facts.artifacts} for facts in (then, now)]
-    for path in sorted({*files[0], *files[1]}):
-        one, other = files[0].get(path), files[1].get(path)
+    for name in sorted({*files[0], *files[1]}):
+        one, other = files[0].get(name), files[1].get(name)
         finding: Finding = "equal" if one == other else "other bytes" if one and other else "DIFFERENT"
-        yield Compared(f"file {path}", brief(one), brief(other), finding)
+        yield Compared(f"file {name}", brief(one), brief(other), finding)
 
 
 def _asked(workspace: Workspace, file: RecordFile) -> Iterator[tuple[RecordFile, Facts]]:
@@ -157,8 +157,8 @@ def _run(workspace: Workspace, run: Restored) -> RecordFile:
         process.communicate()
     finally:
         _end(process)
-        new = [file for file in map(RecordFile, ids.newest_first(workspace)) if file.path not in before]
-        new = [file for file in new if (facts := file.read().facts) and facts.code.get("cwd") == str(run.checkout)]
+        made = (RecordFile(path) for path in ids.newest_first(workspace) if path not in before)
+        new = [file for file in made if _is_from(run, file.read().facts)]
         for file in new:
             _describe(file, run.file.id)
     if process.returncode or not new:
@@ -177,6 +177,13 @@ def _end(process: "subprocess.Popen[str]") -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def _is_from(run: Restored, facts: Facts | None) -> bool:
+    """Others may open records at the same time. One that was stopped at once does not yet say where it ran."""
+    return (
+        facts is not None and facts.profile == run.profile.stem and facts.code.get("cwd") in (None, str(run.checkout))
+    )
 
 
 def _describe(file: RecordFile, original: str) -> None:
@@ -199,16 +206,19 @@ def _code(facts: Facts) -> str:
 
 
 def _figure(path: str, then: Metric | None, now: Metric | None) -> Compared:
-    shown = [figure(metric) if metric else "–" for metric in (then, now)]
+    before, after = (figure(metric) if metric else "–" for metric in (then, now))
+    finding: Finding
     if _TIMED.search(path):
-        return Compared(path, *shown, "not compared")
-    if then is None or now is None:
-        return Compared(path, *shown, "DIFFERENT")
-    if then == now:
-        return Compared(path, *shown, "equal")
-    if shown[0] == shown[1]:  # the difference is in later digits
-        shown = [repr(then.value), repr(now.value)]
-    return Compared(path, *shown, "within" if _within(then, now) else "DIFFERENT")
+        finding = "not compared"
+    elif then is None or now is None:
+        finding = "DIFFERENT"
+    elif then == now:
+        finding = "equal"
+    else:
+        finding = "within" if _within(then, now) else "DIFFERENT"
+        if before == after:  # the difference is in later digits
+            before, after = repr(then.value), repr(now.value)
+    return Compared(path, before, after, finding)
 
 
 def _within(one: Metric, other: Metric) -> bool:

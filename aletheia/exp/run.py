@@ -15,13 +15,13 @@ from pipeline.profile import as_assignments, load_profile
 from pipeline.progress import say
 from pipeline.records import find
 from pipeline.records.file import RecordFile
-from pipeline.records.lifecycle import Record, liveness, open_record
+from pipeline.records.lifecycle import ENDED_EARLY, Record, check_may_run, liveness, open_record
 from pipeline.records.schema import Facts
-from pipeline.stage import Job, flat, persons_half, run_stage
+from pipeline.stage import Job, flat, persons_half, run_stage, upto
 from pipeline.workspace import Workspace
 
-STAGES = ["data", "sft", "dpo", "merge", "serve", "eval"]
 TAKES = {"dpo": ["sft"], "merge": ["dpo", "sft"], "serve": ["merge", "dpo", "sft"], "eval": ["merge", "dpo", "sft"]}
+_ANY_COST = {"cost": None}  # what an hour costs changes nothing in what was done
 
 
 def run(workspace: Workspace, exp: str) -> Record:
@@ -29,12 +29,17 @@ def run(workspace: Workspace, exp: str) -> Record:
     from aletheia.exp.plan import read_plan
 
     file = find.named(workspace, exp)
-    plan = read_plan(workspace, file)
-    facts = file.facts()
-    if facts is not None and liveness(facts) not in ("failed", "cancelled", "dead"):
-        what = f"is {liveness(facts)}: a record is run once"
-        raise UserError(what, where=workspace.shown(file.path), remedy=f"aletheia exp plan {' '.join(plan.stages)}")
-    profile = load_profile(workspace, plan.profile, as_assignments(plan.overrides))
+    facts, shown = file.facts(), workspace.shown(file.path)
+    check_may_run(workspace, file, facts)
+    plan = read_plan(workspace, file, begun=facts is not None)
+    if facts is not None and facts.stage != (plan.stages[0] if len(plan.stages) == 1 else "pipeline"):
+        what = f"was begun as {facts.stage}, and its stages are now {', '.join(plan.stages)}"
+        raise UserError(what, where=shown, remedy=f"aletheia exp plan {' '.join(plan.stages)}")
+    try:
+        profile = load_profile(workspace, plan.profile, as_assignments(plan.overrides))
+    except UserError as error:
+        what = str(error).replace("--set: ", "overrides: ").replace("--profile ", "profile: ")
+        raise UserError(what, where=shown) from None
     job = Job(workspace, profile, source=plan.source, record=file, resume=facts is not None)
     if len(plan.stages) == 1:
         return run_stage(stage_class(plan.stages[0]), job)
@@ -122,26 +127,34 @@ class Pipeline:
                 f for f, facts in reversed(find.children(job.workspace, self.record.id)) if facts.stage == "serve"
             )
         for file, facts in self._earlier(stage, job):
-            if liveness(facts) in ("failed", "cancelled", "dead") and facts.configuration == _configuration(job):
+            if liveness(facts) in ENDED_EARLY:
                 say(f"{stage}: goes on with {file.id}, which was {liveness(facts)}")
                 return run_stage(stage_class(stage), replace(job, record=file, resume=True)).file
         return run_stage(stage_class(stage), job).file
 
     def _kept(self, stage: str, job: Job) -> RecordFile | None:
         for file, facts in self._earlier(stage, job):
-            if facts.status == "complete":
+            if facts.status != "complete":
+                continue
+            if all(job.workspace.path(artifact.path).is_file() for artifact in facts.artifacts) or self._taken(file):
                 say(f"{stage}: {file.id} is complete and kept")
                 return file
+            say(f"{stage}: {file.id} is complete, but its output is gone; run anew")
         return None
+
+    def _taken(self, file: RecordFile) -> bool:
+        """Whether a later stage that is complete has taken its output, which then need not be there any more."""
+        children = find.children(self.job.workspace, self.record.id)
+        return any(f.status == "complete" and file.id in [taken.id for taken in f.lineage.inputs] for _, f in children)
 
     def _earlier(self, stage: str, job: Job) -> list[tuple[RecordFile, Facts]]:
         """This experiment's records of the stage, newest first, that did what the plan says now."""
-        wanted = _upto(stage, _configuration(job))
+        wanted = upto(stage, _configuration(job)) | _ANY_COST
         return [
             (file, facts)
             for file, facts in reversed(find.children(job.workspace, self.record.id))
             if facts.stage == stage
-            and _upto(stage, facts.configuration) == wanted
+            and upto(stage, facts.configuration) | _ANY_COST == wanted
             and (job.source is None or job.source in [taken.id for taken in facts.lineage.inputs])
         ]
 
@@ -160,7 +173,10 @@ def _take_changes(job: Job, record: Record) -> None:
     changed = [
         f"{key} {then.get(key)!r} → {now.get(key)!r}" for key in {**then, **now} if then.get(key) != now.get(key)
     ]
+    if record.facts.profile != job.profile.id:
+        changed.insert(0, f"profile {record.facts.profile} → {job.profile.id}")
     record.facts.configuration, record.facts.overrides = _configuration(job), job.profile.overrides
+    record.facts.profile = job.profile.id
     if changed:
         record.facts.history[-1].note = f"resumed; the plan had been changed: {', '.join(changed)}"
         say(record.facts.history[-1].note)
@@ -169,9 +185,3 @@ def _take_changes(job: Job, record: Record) -> None:
 def _configuration(job: Job) -> dict[str, Any]:
     configuration: dict[str, Any] = job.config.model_dump(mode="json")
     return configuration
-
-
-def _upto(stage: str, configuration: dict[str, Any]) -> dict[str, Any]:
-    """Without the sections of later stages, which this one does not depend on."""
-    later = {f"{name}_config" for name in STAGES[STAGES.index(stage) + 1 :]} | {"cost"}
-    return {key: value for key, value in configuration.items() if key not in later}

@@ -85,17 +85,8 @@ def _verdict(verdict: Verdict) -> Iterator[str]:
     yield f"{verdict.finding or 'none yet'}; criteria frozen {verdict.frozen_at.replace('T', ' ')}"
     if not verdict.judged:
         yield from (_entry(criterion.model_dump()) for criterion in verdict.criteria)
-    rows = [
-        (
-            c.criterion,
-            c.role,
-            c.finding,
-            c.observed,
-            c.why if c.n_needed is None else f"{c.why}; needs n = {c.n_needed}",
-        )
-        for c in verdict.judged
-    ]
-    yield from table(("criterion", "role", "finding", "observed", "why"), rows)
+    rows = [(c.criterion, c.role, c.finding, c.observed, c.n_needed or "", c.why) for c in verdict.judged]
+    yield from table(("criterion", "role", "finding", "observed", "n needed", "why"), rows)
     yield from (f"changed after start: {change}" for change in verdict.changed_after_start)
 
 
@@ -113,7 +104,9 @@ def _made_of(record: Reading) -> Section:
         return
     yield "data", table(("", ""), list(_data(facts.data)))
     base, lineage = facts.lineage.base or {}, facts.lineage
-    rows = [("base", f"{brief(base.get('name'))}  {short_hash(base.get('sha256'))}")] if base else []
+    rows: list[tuple[str, Any]] = (
+        [("base", f"{brief(base.get('name'))}  {short_hash(base.get('sha256'))}")] if base else []
+    )
     rows += [("took", f"{taken.stage} {taken.id}  {short_hash(taken.sha256)}") for taken in lineage.inputs]
     rows += [("parent", lineage.parent)] if lineage.parent else []
     rows += [("children", wrapped(", ".join(lineage.children)))] if lineage.children else []
@@ -130,7 +123,7 @@ def _data(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
     for key, value in values.items():
         if isinstance(value, dict) and "rows" in value:
             domains = value.get("domains")
-            of = f" of {len(domains)} domains" if isinstance(domains, dict) else ""
+            of = f" of {len(domains)} domains" if isinstance(domains, dict) and len(domains) > 1 else ""
             yield f"{prefix}{key}", f"{brief(value['rows'])} rows{of}  {short_hash(value.get('sha256'))}"
         elif isinstance(value, dict):
             yield from _data(value, f"{prefix}{key}.")

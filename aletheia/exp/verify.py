@@ -348,7 +348,7 @@ def patches(workspace: Workspace, experiment_id: str, facts: Facts) -> Iterator[
 
 def not_plain(path: Path, home: Path) -> str | None:
     """Why a file that a record names is not to be read: it is outside `home`, behind a link, gone, or no plain file."""
-    if False:
+    if not _inside(path, home):
         return f"is not in {home.parent.name}/{home.name}, and not read"
     try:
         inside = path

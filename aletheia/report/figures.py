@@ -30,6 +30,17 @@ class Row:
             return "no difference shown"
         return "rose" if self.change.value > 0 else "fell"
 
+    @property
+    def strip(self) -> dict[str, float] | None:
+        """The change's interval beside 0, as percents of the width of a strip; None where there is no interval."""
+        if self.change is None or self.change.ci_low is None or self.change.ci_high is None:
+            return None
+        begin, end = min(0.0, self.change.ci_low), max(0.0, self.change.ci_high)
+        if not end > begin:
+            return None
+        places = {"zero": 0.0, "low": self.change.ci_low, "high": self.change.ci_high, "value": self.change.value}
+        return {name: round(4 + 92 * (at - begin) / (end - begin), 2) for name, at in places.items()}
+
 
 def rows(results: dict[str, Any]) -> list[Row]:
     """`eval_loss`, `eval_loss.before` and `eval_loss.delta` are one row. Changes first, then what has an interval."""

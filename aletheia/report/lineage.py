@@ -153,7 +153,7 @@ def _by_base(tops: list[Box]) -> dict[Box | None, list[Box]]:
                 key, Box(name, "base", 0, digest or text(base.get("revision")), f"base model {name}")
             )
         families.setdefault(id(box), (box, []))[1].append(top)
-    return {box: tops for box, tops in families.values()}  # type: ignore[misc]
+    return {box: tops for box, tops in families.values()}
 
 
 def _place(box: Box, y: float) -> float:

@@ -97,7 +97,7 @@
     return [[trace], layout({ xaxis: { title: { text: chart.x, standoff: 6, font: { size: 11 } } }, yaxis: { type: "category", autorange: "reversed" } })];
   }
 
-  function trend(points) {
+  function trend({ figure: name, points }) {
     const newest = points.slice(-TREND_POINTS);
     const profiles = [...new Set(newest.map((point) => point[2]))];
     const groups = profiles.map((profile) => {
@@ -117,7 +117,8 @@
       type: "category", categoryorder: "array", categoryarray: newest.map((p) => p[0]), range: [-0.6, newest.length - 0.4],
       tickvals: ticks.map((p) => p[0]), ticktext: ticks.map((p) => p[0].slice(9)), tickangle: newest.length > 3 ? -30 : 0,
     };
-    return [groups, layout({ showlegend: profiles.length > 1, xaxis })];
+    const yaxis = name.endsWith(".delta") ? { rangemode: "tozero", zeroline: true, zerolinecolor: colour("--muted") } : {};
+    return [groups, layout({ showlegend: profiles.length > 1, xaxis, yaxis })];
   }
 
   function draw(element, build) {
@@ -129,7 +130,7 @@
   function drawFromPage(element) {
     if (drawn.has(element)) return;
     const { source, at } = element.dataset;
-    draw(element, source === "trends" ? () => trend(island("trends-data").trends[at].points) : () => curves(island(source)[at]));
+    draw(element, source === "trends" ? () => trend(island("trends-data").trends[at]) : () => curves(island(source)[at]));
   }
 
   const watcher = new IntersectionObserver((changes) => {
@@ -168,7 +169,7 @@
   if (table) index();
 
   function index() {
-    const PAGE = 200;
+    const PAGE = Number(table.dataset.rows);
     const body = table.tBodies[0], form = find("#filter"), more = find("#more"), count = find("output", form);
     const rows = [...body.rows].map((element, order) => ({ element, order, text: element.textContent.toLowerCase(), data: element.dataset }));
     let shown = PAGE, column = -1, descending = false;

@@ -143,7 +143,7 @@ class Project:
         """Newest first, what a pipeline experiment ran below it in the order it ran; with the depth."""
         children: dict[str, list[Entry]] = {}
         for entry in reversed(self.entries):
-            children.setdefault(entry.parent if entry.parent in self.by_id else "", []).append(entry)  # type: ignore[arg-type]
+            children.setdefault(entry.parent if entry.parent in self.by_id else "", []).append(entry)
         placed: dict[str, tuple[Entry, int]] = {}
         tops = children.get("", [])[::-1]
         for top in [*tops, *self.entries]:  # the second time for records that name each other as parents

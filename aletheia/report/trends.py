@@ -17,6 +17,10 @@ class Trend:
     entries: list[Entry]
 
     @property
+    def key(self) -> str:
+        return f"{self.stage}/{self.figure}"
+
+    @property
     def main(self) -> bool:
         sure = any(entry.metrics[self.figure].ci_low is not None for entry in self.entries)
         return sure and not self.figure.endswith(".before")

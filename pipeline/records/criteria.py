@@ -179,7 +179,7 @@ def _n_needed(figure: Metric, number: float) -> int | None:
 
 def _text(criterion: Criterion) -> str:
     wanted = parse(criterion.criterion)
-    extra = [criterion.role] if criterion.role != "primary" else []
+    extra: list[str] = [criterion.role] if criterion.role != "primary" else []
     extra += [f"min_n {criterion.min_n}"] if criterion.min_n is not None else []
     return f"{wanted.path} {wanted.bound}" + (f" ({', '.join(extra)})" if extra else "")
 

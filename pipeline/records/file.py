@@ -93,7 +93,10 @@ class RecordFile:
             facts = self._facts(halves, written)
         except UserError as error:
             damage = error
-        return Reading(person, facts, mistake, damage, _edited(self.id, halves, written), _pending(halves, written))
+        edited, said = _edited(self.id, halves, written), str(person.get("experiment_id"))
+        if written.newest is None and halves.below is not None and _sealed(said, halves.below):
+            edited = None  # the file was renamed, and that is all
+        return Reading(person, facts, mistake, damage, edited, _pending(halves, written))
 
     def above(self) -> str:
         """The person's half as text. Raises `UserError` with the place where it is no text."""
@@ -113,7 +116,7 @@ class RecordFile:
 
     def write(self, facts: Facts) -> None:
         """Replaces the lower half; the upper half is whatever stands in the file at this moment."""
-        values = facts.model_dump(mode="json", exclude_none=True, exclude={"seal"})
+        values = facts.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"seal"})
         text = yamlio.dump(values).encode()
         self.folder.mkdir(exist_ok=True)
         write_atomically(self._next, text + f"seal: {_seal(self.id, text)}\n".encode())
@@ -147,6 +150,7 @@ class RecordFile:
             self.facts()
         while True:
             halves, _ = self._settled()
+            self._person(halves.above)
             text = change(self._text(halves.above))
             mark = b"\xef\xbb\xbf" if halves.above.startswith(b"\xef\xbb\xbf") else b""
             self._person(text.encode())  # never leave what cannot be read
@@ -167,7 +171,7 @@ class RecordFile:
 
     def _written(self) -> Written:
         """What is there and whole: a copy that its seal does not fit is none of ours."""
-        versions = {}
+        versions: dict[str, bytes] = {}
         for name, path in (("waiting", self._next), ("last", self._last)):  # in this order: the next becomes the last
             with suppress(OSError):
                 version = path.read_bytes()
@@ -231,7 +235,13 @@ class RecordFile:
             if above and not above.endswith(b"\n"):
                 content += end
             content += (LINE.encode() + b"\n" + below.replace(b"\r\n", b"\n")).replace(b"\n", end)
-        return write_atomically(self.path, content, only_if=lambda: self._content() == seen.whole)
+        return write_atomically(self.path, content, only_if=lambda: self._is(seen.whole))
+
+    def _is(self, content: bytes) -> bool:
+        try:
+            return self._content() == content
+        except UserError:  # gone in the last moment
+            return False
 
     def _keep_aside(self, halves: Halves, written: Written, edited: str) -> None:
         found = halves.stray + (halves.below or b"")
@@ -285,16 +295,16 @@ def _edited(record_id: str, halves: Halves, written: Written) -> str | None:
         return halves.stray.split(b"\n", 1)[0].decode().removeprefix("# ")
     if halves.below is None or written.holds(halves.below):
         return None
-    below = halves.below.replace(b"\r\n", b"\n")
-    if _sealed(record_id, below):
+    if _sealed(record_id, halves.below):
         return None  # an earlier version, which an editor opened then and saved now
     if written.newest is not None:
         return "was edited below the line" if halves.below.strip() else "all below the line was deleted"
-    sealed = _SEAL.search(below)  # older records are not
+    sealed = _SEAL.search(halves.below.replace(b"\r\n", b"\n"))  # older records are not
     return "was edited below the line, and no copy is at hand to put it back" if sealed else None
 
 
 def _sealed(record_id: str, below: bytes) -> bool:
+    below = below.replace(b"\r\n", b"\n")
     seal = _SEAL.search(below)
     return seal is not None and _seal(record_id, below[: seal.start()]) == seal[1].decode()
 

@@ -2,9 +2,10 @@
 
     for entry in index.entries(workspace): …
 
-The records' files stay the truth. A row counts only while its file is the very one it was read from: same inode, size
-and times. Everything else is read anew, and only read: nothing here writes into a record or beside it. Where the cache
-cannot be had (a read-only folder, a full disk, another process that holds it) the records are read without one.
+The records' files stay the truth. A row counts only while its record's file, and the pipeline's copies beside it, are
+the very ones it was read from: same inode, size and times. Everything else is read anew, and only read: nothing here
+writes into a record or beside it. Where the cache cannot be had (a read-only folder, a full disk, another process that
+holds it) the records are read without one.
 """
 
 import datetime
@@ -23,7 +24,7 @@ from pipeline import yamlio
 from pipeline.errors import UserError
 from pipeline.progress import track
 from pipeline.records import file, ids, schema
-from pipeline.records.file import Reading, RecordFile
+from pipeline.records.file import RecordFile
 from pipeline.records.schema import Facts
 from pipeline.workspace import Workspace
 
@@ -97,25 +98,30 @@ def shuffled(facts: Facts) -> bool:
 
 
 def _stamp(path: Path, now: float) -> str | None:
-    """What tells a file from another of its name; None where nothing does yet."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    if now - stat.st_ctime < SETTLED:
-        return None
-    return f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+    """What changes whenever `RecordFile.read` would find something else; None where that cannot be told yet."""
+    folder = path.with_suffix("")
+    marks = []
+    for part in (path, folder / "below.yaml", folder / "below.next.yaml"):
+        try:
+            stat = part.stat()
+        except OSError:
+            marks.append("none")
+            continue
+        if now - stat.st_ctime < SETTLED:
+            return None
+        marks.append(f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}")
+    return ", ".join(marks)
 
 
 def _read(workspace: Workspace, path: Path) -> tuple[Entry, str | None]:
-    """The entry, and as JSON if it holds for as long as the file is the same."""
+    """The entry, and as JSON where it can be kept."""
     try:
         reading = RecordFile(path).read()
-    except UserError as error:
-        reading = Reading({}, None, damage=error)
+    except UserError as error:  # no file, or none at this moment
+        return Entry(id=path.stem, date=path.stem[4:14], problems=[_short(workspace, error)]), None
     person, facts = reading.person, reading.facts
-    mistakes = [str(mistake) for mistake in (reading.mistake, reading.damage) if mistake]
-    edited = [f"{path}: {reading.edited}"] if reading.edited else []
+    mistakes = [_short(workspace, mistake) for mistake in (reading.mistake, reading.damage) if mistake]
+    edited = [f"{workspace.shown(path)}: {reading.edited}"] if reading.edited else []
     entry = Entry(
         id=path.stem,
         date=_date(person.get("date")) or path.stem[4:14],
@@ -124,16 +130,17 @@ def _read(workspace: Workspace, path: Path) -> tuple[Entry, str | None]:
         description=" ".join(_words(person.get("description"))) or None,
         tags=_words(person.get("tags")),
         facts=_without_bulk(facts) if facts else None,
-        problems=[problem.removeprefix(f"{workspace.root}/") for problem in mistakes + edited],
+        problems=mistakes + edited,
     )
     try:
         text = entry.model_dump_json()
     except ValueError:  # bytes, which YAML has and JSON has not
         return entry, None
-    lasting = not mistakes and not reading.pending  # those may change with what lies beside the file
-    return Entry.model_validate_json(
-        text
-    ), text if lasting else None  # the same as it will be when it comes from the cache
+    return Entry.model_validate_json(text), text  # the same as when it comes from the cache
+
+
+def _short(workspace: Workspace, error: UserError) -> str:
+    return str(error).removeprefix(f"{workspace.root}/")
 
 
 def _without_bulk(facts: Facts) -> Facts:
@@ -198,8 +205,7 @@ def _load(path: Path) -> Rows:
         return {}
     except sqlite3.DatabaseError:
         with suppress(OSError):
-            for suffix in ("", "-journal"):
-                path.with_name(path.name + suffix).unlink(missing_ok=True)
+            path.unlink()  # SQLite itself removes the journal that it may leave
         return {}
 
 

@@ -5,8 +5,8 @@
     json_schema()                             # both halves for an editor: `aletheia exp schema`
 
 What the program acts on (id, date, stages, criteria, overrides, next steps, `from`, tags) is checked strictly. Where people
-write freely any shape will do, and a key that is not here is theirs and allowed. No key but `profile`, `overrides` and
-`visualizations` has the name of one of the program's, so that an editor can hold both halves as one document.
+write freely any shape will do, and a key that is not here is theirs and allowed. No key has the name of one of the program's, so
+that both halves together are one YAML document.
 """
 
 import datetime as dt
@@ -286,7 +286,7 @@ class Person(Part):
         "What it is compared with.", [{"name": "base model", "delta": 0.031, "latency": "41 ms"}]
     )
     feature_importance: list[Any] | dict[str, Any] | None = _key("How much each feature matters.", {"title": 0.41})
-    visualizations: list[str | Picture] | None = _key(
+    plots: list[str | Picture] | None = _key(
         "Plots, each with what it is for. The pipeline lists its own below the line.",
         [{"path": "plots/loss.png", "purpose": "shows where over-fitting begins"}],
     )
@@ -429,7 +429,7 @@ def _explained(alternatives: list[ErrorDetails]) -> str:
             return "is no text, and a key must be"
     expected = list(dict.fromkeys(filter(None, map(_expected, alternatives))))
     shown = " ".join(str(given).split())
-    kind = {dict: "a mapping", list: "a list"}.get(type(given))
+    kind = "a mapping" if isinstance(given, dict) else "a list" if isinstance(given, list) else None
     is_what = kind or f"`{shown[:40]}{'…' if len(shown) > 40 else ''}`"
     return f"is {is_what}, not {' or '.join(expected)}" if expected else f"does not fit: {alternatives[0]['msg']}"
 
@@ -465,10 +465,10 @@ PROGRAM = {
     "schema_version": "Version of this schema.",
     "status": "planned, running, complete, failed or cancelled.",
     "stage": "What ran: a stage, `pipeline` for several, `imported` for a log that was kept elsewhere.",
-    "profile": "The profile that ran.",
+    "profile_used": "The profile that ran.",
     "history": "Every change of status, with host and process.",
     "lineage": "What it was built on, by hash, and the pipeline experiment it is part of.",
-    "overrides": "What was set over the profile's values.",
+    "overrides_used": "What was set over the profile's values.",
     "configuration": "Every effective value.",
     "data": "The rows: snapshot hash and counts.",
     "results": "The figures, with their intervals.",
@@ -487,7 +487,7 @@ PROGRAM = {
 def json_schema() -> dict[str, Any]:
     """Both halves as the one mapping that an editor sees, draft 2020-12.
 
-    Where both have a key, the person's type holds, which admits the program's too.
+    The two share no key, so that a record is one YAML document.
     """
     person, facts = Person.model_json_schema(), Facts.model_json_schema()
     program = {

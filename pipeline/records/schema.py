@@ -2,14 +2,14 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = 1
 Status = Literal["planned", "running", "complete", "failed", "cancelled"]
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
 
 class StatusChange(Part):
@@ -90,10 +90,12 @@ class Facts(Part):
     schema_version: int = SCHEMA_VERSION
     status: Status
     stage: str
-    profile: str
+    profile: str = Field(
+        alias="profile_used"
+    )  # not `profile`: both halves are one YAML document, and no key stands twice
     history: list[StatusChange] = []
     lineage: Lineage = Lineage()
-    overrides: dict[str, Any] = {}  # of the profile, by --set; a resume takes them up again
+    overrides: dict[str, Any] = Field({}, alias="overrides_used")  # by --set; a resume takes them up again
     configuration: dict[str, Any] = {}
     data: dict[str, Any] = {}
     results: dict[str, Any] = {}

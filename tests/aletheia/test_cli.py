@@ -134,7 +134,7 @@ def test_what_nobody_foresaw_is_one_line_and_exit_1(
     def breaks(*_: Any) -> None:
         raise ZeroDivisionError("one\ntwo")
 
-    monkeypatch.setattr("aletheia.summary.list_records", breaks)
+    monkeypatch.setattr("aletheia.exp.listing.list_records", breaks)
     said = aletheia(workspace, "exp", "list")
     assert said.code == 1
     assert re.fullmatch("error: unexpected ZeroDivisionError: [^\n]*; --debug shows where\n", said.err), said.err

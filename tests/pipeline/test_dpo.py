@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from pipeline import data, private
 from pipeline.chat import Encoded
 from pipeline.data import PreferencePair
-from pipeline.dpo import Dpo
+from pipeline.dpo import Dpo, _figures
 from pipeline.errors import Interrupted, StageFailed, UserError
 from pipeline.heldout import encode_pair
 from pipeline.model import Base
@@ -45,6 +45,12 @@ def logged(record: Record) -> list[dict[str, Any]]:
     return [entry for entry in map(json.loads, lines) if "loss" in entry]
 
 
+def curve(record: Record) -> list[dict[str, Any]]:
+    """Every line of the log, but how long the step took and in how much memory."""
+    lines = map(json.loads, (record.folder / "log.jsonl").read_text("utf-8").splitlines())
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "memory_gb")} for line in lines]
+
+
 def test_dpo_starts_at_ln_2_with_the_sft_policy_as_its_reference(trained: Any) -> None:
     facts = trained.record("dpo").facts()
     reference = facts.results["reference"]
@@ -70,6 +76,29 @@ def test_recorded_margins_are_those_of_the_sft_and_the_dpo_adapter(
         for pair, row in zip(held_out, told, strict=True):
             chosen, rejected = (-sum(answer_losses(model, side)) for side in encode_pair(chat, pair))
             assert row[when] == pytest.approx(chosen - rejected, abs=2e-2)  # of sums of hundreds of nats
+
+
+def test_validation_is_dpo_s_own_loss_and_the_share_of_pairs_whose_margin_rose(trained: Any) -> None:
+    folder = trained.record("dpo").folder
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
+    (validation,) = [line for line in lines if "eval_loss" in line]
+    pairs = [json.loads(line) for line in (folder / "heldout.jsonl").read_text("utf-8").splitlines()]
+    beta = trained.job().config.dpo_config.beta
+    losses = [-torch.nn.functional.logsigmoid(torch.tensor(beta * (p["after"] - p["before"]))).item() for p in pairs]
+    assert validation["eval_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    assert validation["eval_loss_ci_low"] < validation["eval_loss"] < validation["eval_loss_ci_high"]
+    assert (validation["epoch"], validation["eval_n"]) == (1.0, len(pairs))
+    results = trained.record("dpo").facts().results
+    accuracy = results["preference_accuracy"]
+    for end, key in (("value", ""), ("ci_low", "_ci_low"), ("ci_high", "_ci_high")):
+        assert validation[f"eval_preference_accuracy{key}"] == accuracy[end]
+    figures = {key: validation[key] for key in ("epoch", "step", "eval_loss")}
+    assert results["training"]["best"] == results["training"]["latest"] == figures
+
+
+def test_the_loss_of_held_out_pairs_does_not_overflow() -> None:
+    figure = _figures([0.0, 0.0], 1.0, [-1e5, 1e5])["eval_loss"]
+    assert figure.value == pytest.approx(5e4)
 
 
 def test_the_result_is_one_adapter_that_continues_the_sft_adapter(trained: Any) -> None:
@@ -238,15 +267,17 @@ def test_interrupted_dpo_resumed_equals_uninterrupted_on_the_source_it_began_fro
     trained_copy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It began on the base; the resume names no source, and an SFT adapter is there to be taken by mistake."""
-    settings = (*SHORT, "dpo_config.batch_size=1", "dpo_config.learning_rate=1e-3")
+    held_out = "training_data.validation.fraction=0.34"
+    settings = (*SHORT, held_out, "dpo_config.batch_size=1", "dpo_config.epochs=2.0", "dpo_config.learning_rate=1e-3")
     whole = run_stage(Dpo, trained_copy.job(*settings, source="base"))
     interrupt_at(monkeypatch, step=3)
-    with pytest.raises(Interrupted, match="after step 3/6"):
+    with pytest.raises(Interrupted, match="after step 3/8"):
         run_stage(Dpo, trained_copy.job(*settings, source="base"))
     resumed = run_stage(Dpo, trained_copy.job(resume=True))
     assert [change.status for change in resumed.facts.history] == ["running", "cancelled", "running", "complete"]
     assert resumed.facts.results["reference"] == whole.facts.results["reference"]
-    assert [entry["loss"] for entry in logged(resumed)] == [entry["loss"] for entry in logged(whole)]
+    assert curve(resumed) == curve(whole)
+    assert [line["step"] for line in curve(whole) if "eval_preference_accuracy" in line] == [4, 8]
     expected, found = tensors(whole.output / "adapter"), tensors(resumed.output / "adapter")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 

@@ -173,4 +173,26 @@ def test_a_loss_that_is_no_number_fails_the_run_with_its_step(
     assert facts.status == "failed"
     assert facts.failure is not None
     assert facts.failure.step == (1 if planted == "weight" else 2)
+    assert len(set(facts.failure.rows)) == 2
     assert not list(small_talk.checkpoints.glob("*/adapter")) and not list(small_talk.checkpoints.glob("small-*"))
+
+
+def test_a_step_that_fails_names_the_rows_it_saw(
+    small_talk: Workspace, job: Callable[..., Job], base: Base, tmp_path: Path, answer_losses: Losses
+) -> None:
+    """Which row came first is told by the loss of a sound run: only one row has that loss."""
+    settings = ("sft_config.batch_size=1", "sft_config.epochs=1.0", "sft_config.warmup_ratio=0.0")
+    first = logged(run_stage(Sft, job(*settings)))[0]["loss"]
+    model, chat = plain(base), base.chat()
+    losses = {
+        row.id: mean(answer_losses(model, chat.conversation(row.messages)))
+        for row in data.read_rows(small_talk, "data/sft", Conversation)
+    }
+    (expected,) = [name for name, loss in losses.items() if loss == pytest.approx(first, abs=1e-4)]
+
+    model.model.layers[2].mlp.up_proj.weight.data[5, 7] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    base.tokenizer().save_pretrained(tmp_path / "broken")
+    with pytest.raises(StageFailed, match="at step 1") as failed:
+        run_stage(Sft, job(*settings, f"base_model={tmp_path / 'broken'}"))
+    assert failed.value.rows == [expected]

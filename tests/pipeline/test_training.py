@@ -1,6 +1,7 @@
 """Promise 5: a run that was interrupted, killed or torn, and resumed, equals the one that was not."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from pipeline import curves, heldout, statistics, training, watch
 from pipeline.errors import Interrupted, UserError
 from pipeline.model import Base
 from pipeline.records.file import RecordFile
@@ -38,14 +40,17 @@ def steps_logged(folder: Path) -> int:
     return sum(len(log.read_text().splitlines()) for log in folder.glob("EXP-*/log.jsonl"))
 
 
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
+
+
 def curve(folder: Path) -> list[dict[str, Any]]:
-    """Step, loss and rate of each step; not how long they took."""
-    entries = map(json.loads, (folder / "log.jsonl").read_text("utf-8").splitlines())
-    return [{key: e[key] for key in ("step", "loss", "learning_rate", "grad_norm")} for e in entries if "loss" in e]
+    """Every line, a step's and a validation's, but how long it took and in how much memory."""
+    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "memory_gb")} for line in log_of(folder)]
 
 
 def assert_equals_uninterrupted(resumed: Record, trained: Any) -> None:
-    """Bit for bit: the adapter, every loss on the way, every held-out row."""
+    """Bit for bit: the adapter, every step and validation on the way, every held-out row."""
     whole = trained.record("sft")
     for path in sorted(trained.output("sft").iterdir()):
         assert (resumed.output / "adapter" / path.name).read_bytes() == path.read_bytes(), path.name
@@ -172,7 +177,8 @@ def test_a_resume_takes_up_its_overrides_and_counts_nothing_twice(
 ) -> None:
     resumed = run_stage(Sft, job(resume=True))
     assert resumed.facts.overrides == job(*OWN_BASE).profile.overrides
-    assert [entry["step"] for entry in curve(resumed.folder)] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in curve(resumed.folder)] == [1, 2, 3, 4, 5]
+    assert curve(resumed.folder)[-1]["tokens"] == resumed.facts.results["training"]["trained_tokens_an_epoch"]
     assert len((resumed.folder / "rejects.jsonl").read_text().splitlines()) == 1
     assert resumed.facts.data["rejected"] == 1
     with pytest.raises(
@@ -199,3 +205,156 @@ def test_a_resume_of_what_has_changed_since_is_refused(
         assignments, said = (*OWN_BASE, "seed=7"), "seed is 7, the run to resume has 42"
     with pytest.raises(UserError, match=said):
         run_stage(Sft, job(*assignments, resume=True))
+
+
+HELD_OUT = ("training_data.validation.fraction=0.3", "sft_config.save_steps=100", "sft_config.lora_dropout=0.3")
+"""7 rows to train in 4 steps an epoch, 3 held out; with dropout, so that a draw more or less would show."""
+
+
+def run(job: Callable[..., Job], *assignments: str, **options: Any) -> Record:
+    return run_stage(Sft, job(*HELD_OUT, *assignments, **options))
+
+
+def adapter(record: Record) -> bytes:
+    return (record.output / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def validations(record: Record) -> list[dict[str, Any]]:
+    return [line for line in log_of(record.folder) if "eval_loss" in line]
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[list[float]]:
+    """The held-out rows' losses, a list each time they are measured."""
+    honest, seen = heldout.losses, list[list[float]]()
+
+    def losses(*arguments: Any) -> list[float]:
+        seen.append(honest(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(heldout, "losses", losses)
+    return seen
+
+
+def test_every_epoch_is_validated_once_and_changes_nothing(
+    small_talk: Workspace, job: Callable[..., Job], measured: list[list[float]]
+) -> None:
+    record = run(job, "sft_config.epochs=3.0")
+    before, *epochs = measured
+    found = validations(record)
+    assert [(line["epoch"], line["step"], line["eval_n"]) for line in found] == [(1.0, 4, 3), (2.0, 8, 3), (3.0, 12, 3)]
+    for line, losses in zip(found, epochs, strict=True):  # the last is the figure after, and measured once
+        figure = statistics.mean(losses)
+        assert [line["eval_loss"], line["eval_loss_ci_low"], line["eval_loss_ci_high"]] == [
+            figure.value,
+            figure.ci_low,
+            figure.ci_high,
+        ]
+    results = record.facts.results
+    assert results["eval_loss"]["before"]["value"] == statistics.mean(before).value
+    assert results["eval_loss"]["after"]["value"] == found[-1]["eval_loss"]
+    assert results["training"]["latest"] == {key: found[-1][key] for key in ("epoch", "step", "eval_loss")}
+    assert results["training"]["best"]["eval_loss"] == min(line["eval_loss"] for line in found)
+
+    measured.clear()
+    unwatched = run(job, "sft_config.epochs=3.0", "sft_config.evaluate_each_epoch=false")
+    assert [line["step"] for line in validations(unwatched)] == [12] and len(measured) == 2
+    assert adapter(unwatched) == adapter(record)
+    assert validations(unwatched) == found[-1:]
+
+
+def test_nothing_held_out_is_nothing_validated(small_talk: Workspace, job: Callable[..., Job]) -> None:
+    record = run(job, "training_data.validation.fraction=0.0", "sft_config.epochs=1.0")
+    assert validations(record) == [] and not {"best", "latest"} & record.facts.results["training"].keys()
+
+
+def test_a_part_of_an_epoch_is_validated_at_its_end(small_talk: Workspace, job: Callable[..., Job]) -> None:
+    record = run(job, "sft_config.epochs=1.5")
+    assert [(line["epoch"], line["step"]) for line in validations(record)] == [(1.0, 4), (1.5, 6)]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_stop_in_a_validation_ends_it_and_a_resume_makes_up_for_it(
+    small_talk: Workspace, job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    """Stopped after the first of two batches, or after the last, when the measurement is whole."""
+    settings = ("sft_config.epochs=2.0", "eval_config.batch_size=2")
+    whole = run(job, *settings)
+    modes = list[bool]()
+
+    def stop_in_batch(given: Any, what: str, unit: str) -> Any:
+        for number, value in enumerate(given, 1):
+            yield value
+            if what == "held-out rows, epoch 1" and number == batch:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    honest = watch.Watch.validate
+
+    def validate(self: Any, model: Any, *arguments: Any) -> Any:
+        try:
+            return honest(self, model, *arguments)
+        finally:
+            modes.append(model.training)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(heldout, "track", stop_in_batch)
+        patch.setattr(watch.Watch, "validate", validate)
+        with pytest.raises(Interrupted, match=r"interrupted by SIGTERM after step 4/8; RESUME=1"):
+            run(job, *settings)
+    assert modes == [True]
+    file, facts = next(records(small_talk))
+    assert facts.status == "cancelled"
+    assert [line["step"] for line in log_of(file.folder) if "eval_loss" in line] == [4] * (batch - 1)
+    assert facts.results["training"]["steps"] == 4
+    pictures = [small_talk.experiments / picture.path for picture in facts.visualizations]
+    assert len(pictures) == 4 and all(path.parent == file.folder and path.exists() for path in pictures)
+
+    resumed = run_stage(Sft, job(resume=True))
+    assert resumed.id == file.id and adapter(resumed) == adapter(whole)
+    assert curve(resumed.folder) == curve(whole.folder)
+    assert resumed.facts.results["training"]["best"] == whole.facts.results["training"]["best"]
+
+
+def test_a_run_cut_off_after_its_last_step_is_validated_once_when_it_goes_on(
+    small_talk: Workspace, job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its adapter could not be written; nothing is left to train and the log already holds the last validation."""
+    whole = run(job)
+    with monkeypatch.context() as patch:
+
+        def full(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(training, "keep_adapter", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(job)
+    resumed = run_stage(Sft, job(resume=True))
+    assert curve(resumed.folder) == curve(whole.folder)
+    assert adapter(resumed) == adapter(whole)
+    assert resumed.facts.results["eval_loss"] == whole.facts.results["eval_loss"]
+
+
+def test_a_line_of_the_log_holds_what_the_step_moved_and_cost(small_talk: Workspace, job: Callable[..., Job]) -> None:
+    record = run(job, "sft_config.gradient_accumulation=2", "sft_config.max_grad_norm=0.01", "sft_config.epochs=2.0")
+    steps = [line for line in log_of(record.folder) if "loss" in line]
+    an_epoch = record.facts.results["training"]["trained_tokens_an_epoch"]
+    assert [line["tokens"] for line in steps if line["epoch"].is_integer()] == [an_epoch, 2 * an_epoch]
+    for line in steps:
+        layers = line["grad_norm_by_layer"]
+        assert list(layers) == [f"layers.{n}" for n in range(len(layers))] and len(layers) > 1
+        assert math.hypot(*layers.values()) == pytest.approx(line["grad_norm"], rel=1e-4)
+        assert line["grad_norm"] > 0.01  # clipped, and told as it was before
+        assert line["tokens_per_second"] > 0 and 0.1 < line["memory_gb"] < 100
+        assert (line["update_norm"] > 0) == (line["learning_rate"] > 0)
+
+
+def test_curves_that_cannot_be_drawn_fail_nothing(
+    small_talk: Workspace, job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ValueError("no such font")
+
+    monkeypatch.setattr(curves, "draw", broken)
+    record = run(job, "sft_config.epochs=1.0")
+    assert record.facts.status == "complete" and record.facts.visualizations == []
+    assert "note: the curves could not be drawn (ValueError: no such font)" in capsys.readouterr().err

@@ -123,5 +123,55 @@ def test_every_key_knows_its_line() -> None:
     }
 
 
+def test_every_key_knows_its_column() -> None:
+    columns = yamlio.load("a: 1\nb:\n  é: {d: 2}\n  e: [3, {f: 4}]\n").columns
+    assert columns[("b", "é")] == 3
+    assert columns[("b", "é", "d")] == 7
+    assert columns[("b", "e", 1, "f")] == 11
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "what"),
+    [
+        ("a: fix #12\n", (1, 4), "`#12` is a comment"),
+        ("x: 1\na: [b, fix #12\n ]\n", (2, 8), "`#12` is a comment"),
+        ("a: #12\n", (1, 3), "`#12` is a comment"),
+        ("a: one # two\n", (1, 4), "`# two` is a comment"),
+        ("a:\n  - 12:30:00\n", (2, 5), "45000, in base 60"),
+        ("a: 0123456\n", (1, 4), "42798, in base 8"),
+        ("a: -0_12\n", (1, 4), "-10, in base 8"),
+    ],
+)
+def test_what_is_read_otherwise_than_meant_is_found(text: str, place: tuple[int, int], what: str) -> None:
+    (surprise,) = yamlio.surprises(text)
+    assert (surprise.line, surprise.column) == place
+    assert what in surprise.what
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: one  # a comment, two spaces off\n",
+        "a: one\t# so\n",
+        "a: # what you expect\n",
+        "a: 32 # try 64\n",
+        "a: [x, y] # both\n",
+        "a: 'fix #12'\n",
+        'a: "12:30:00"\n',
+        "a: fix#12\n",
+        "a: |\n  fix #12\n",
+        "a: one\n # below\nb: 0\nc: 10\nd: 0.12\ne: 0x12\nf: 2026-11-20\n",
+        "# fix #12\n",
+        "",
+    ],
+)
+def test_what_is_meant_so_surprises_nobody(text: str) -> None:
+    assert yamlio.surprises(text) == []
+
+
+def test_an_alias_does_not_surprise_twice() -> None:
+    assert len(yamlio.surprises("a: &x 012\nb: *x\n")) == 1
+
+
 def test_an_empty_document_is_none() -> None:
     assert yamlio.load("# nothing but a comment\n") == yamlio.Document(None, {})

@@ -27,7 +27,6 @@ from pipeline.records.capture import redact
 from pipeline.workspace import Workspace
 
 MAX_NAME, MAX_PARAM, MAX_TAG = 250, 6000, 8000  # MLflow's limits, in characters; it cuts what is longer
-PARAMS_A_BATCH, METRICS_A_BATCH = 100, 1000
 STATUS = {"complete": "FINISHED", "failed": "FAILED", "cancelled": "KILLED", "dead": "KILLED"}
 ENVIRONMENT = {  # what the client reads, and nothing else sets
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -179,9 +178,6 @@ def _fill(client: Any, run: str, record: Finished) -> None:
     settings = dict(flat(facts.configuration)) | dict(flat(facts.data, "data."))
     names = _names(settings, record)
     params = [Param(names[k], _fitting(_text(v), MAX_PARAM, k, record)) for k, v in settings.items()]
-    for batch in _batches(params, PARAMS_A_BATCH):
-        client.log_batch(run, params=batch)
-
     at = _milliseconds(record.ended or record.started) or 0
     found = figures(facts.results) | {f"resources.{k}": v for k, v in figures(facts.resources).items()}
     points = [(name, value, 0) for name, value in found.items()]
@@ -194,8 +190,7 @@ def _fill(client: Any, run: str, record: Finished) -> None:
         )
     names = _names((name for name, _, _ in points), record)
     metrics = [Metric(names[name], value, at, step) for name, value, step in points if not math.isinf(value)]
-    for batch in _batches(metrics, METRICS_A_BATCH):
-        client.log_batch(run, metrics=batch)
+    client.log_batch(run, metrics=metrics, params=params)  # which it sends in as many requests as it takes
 
     for path, folder in attachments(record):
         client.log_artifact(run, str(path), folder or None)
@@ -239,11 +234,6 @@ def _fitting(text: str, limit: int, name: str, record: Finished) -> str:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _batches(values: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(values), size):
-        yield values[start : start + size]
 
 
 def _milliseconds(moment: Any) -> int | None:

@@ -241,6 +241,15 @@ def test_a_figure_of_unknown_direction_is_higher_or_lower_never_better(
     assert difference(aletheia, place, "answer_tokens")["finding"] == "higher"
 
 
+def test_a_figure_of_unknown_direction_is_neither_inside_the_noise(
+    aletheia: Run, place: Workspace, write_record: Write
+) -> None:
+    for name, shift in ((A, 0.0), (B, 1.0)):
+        file = write_record(place, name, {"stage": "eval", "results": {"answer_tokens": {"value": shift, "n": 4}}})
+        items.write_changes(file.folder, {"answer_tokens": {str(i): (0.0, shift * 9 * (-1) ** i) for i in range(4)}})
+    assert difference(aletheia, place, "answer_tokens")["finding"] == "no difference shown"
+
+
 def test_the_first_of_several_is_the_reference_of_all(aletheia: Run, place: Workspace, write_record: Write) -> None:
     for name, shift in ((A, 0.0), (B, -0.1), (C, 0.2)):
         ends = [5.0 + shift, 4.0 + shift, 4.5 + shift * 1.1]

@@ -56,8 +56,10 @@ def test_a_plan_goes_nowhere_but_on_a_page(
     from aletheia.exp.export import export
 
     write_record(place, EXP, facts=None, person="stages: [sft]\nhypothesis: more data helps\n")
-    with pytest.raises(UserError, match=f"is a plan: nothing has run; try make run EXP={EXP}"):
-        export(place, EXP, target, None, None, False)
+    write_record(place, "EXP-2026-01-01-002", facts={"status": "planned"})  # a plan that has its line already
+    for name in (EXP, "EXP-2026-01-01-002"):
+        with pytest.raises(UserError, match=f"is a plan: nothing has run; try make run EXP={name}"):
+            export(place, name, target, None, None, False)
     page = place.root / export(place, EXP, "markdown", None, None, False)
     assert "more data helps" in page.read_text("utf-8")
 

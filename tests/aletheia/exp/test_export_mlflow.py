@@ -322,6 +322,7 @@ def test_a_pipelines_stages_are_nested_runs(
         write_record(place, child, FACTS | {"lineage": {"parent": EXP}})
     top = exported(place, client)
     runs = client.search_runs([top.info.experiment_id])
+    assert len(runs) == 3
     nested = {r.info.run_name: r.data.tags.get("mlflow.parentRunId") for r in runs}
     assert nested == {EXP: None, children[0]: top.info.run_id, children[1]: top.info.run_id}
     assert f"there is no record `{children[2]}`" in capsys.readouterr().err

@@ -90,8 +90,8 @@ def exported(place: Workspace, name: str = EXP, **options: Any) -> list[Path]:
 
 def test_config_summary_and_history_are_the_records(place: Workspace, write_record: Callable[..., RecordFile]) -> None:
     log = [
-        {"step": 10, "loss": 6.0, "epoch": 0.5, "grad_norm_by_layer": {"layers.0": 0.1}},
         {"step": 20, "loss": 5.5, "epoch": 1.0},
+        {"step": 10, "loss": 6.0, "epoch": 0.5, "grad_norm_by_layer": {"layers.0": 0.1}},  # wandb drops what goes back
         {"step": 20, "epoch": 1.0, "eval_loss": 5.6},
     ]
     person = "hypothesis: more data helps\ndescription: on all rows\ntags: [night]\n"
@@ -174,6 +174,7 @@ def test_nothing_is_asked_printed_sent_or_left_behind(
         "WANDB_DIR": str(cwd),
         "WANDB_NAME": "other",
         "WANDB_TAGS": "other",
+        "WANDB_NOTES": "other",
     }.items():
         monkeypatch.setenv(name, value)
     with socket.create_server(("127.0.0.1", 0)) as proxy:  # all that would leave the machine comes by here
@@ -184,8 +185,6 @@ def test_nothing_is_asked_printed_sent_or_left_behind(
         environment, leave = dict(os.environ), sys.exit
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
         write_record(place, EXP, FACTS, log=[{"step": 1, "loss": 6.0}])
-        children = set(psutil.Process().children())
-
         said = aletheia(place, "exp", "export", EXP, "--to", "wandb")
 
         with pytest.raises(TimeoutError):
@@ -196,7 +195,7 @@ def test_nothing_is_asked_printed_sent_or_left_behind(
     assert said.err == f"to upload: wandb sync {run}\n"
     assert (list(home.iterdir()), list(cwd.iterdir())) == ([], [])
     assert not [link for link in (place.experiments / EXP).rglob("*") if link.is_symlink() and not link.exists()]
-    assert set(psutil.Process().children()) == children  # wandb's service has ended
+    assert not [child for child in psutil.Process().children(recursive=True) if "wandb" in child.name()]
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
     assert sys.exit is leave
     assert "wandb" not in sys.excepthook.__module__
@@ -205,7 +204,7 @@ def test_nothing_is_asked_printed_sent_or_left_behind(
     }
     found = read(run)
     assert (found["run"].project, found["run"].display_name) == ("small", EXP)
-    assert "other" not in found["run"].tags
+    assert "other" not in (found["run"].run_id, found["run"].notes, *found["run"].tags)
     assert b"0" * 40 not in b"".join(path.read_bytes() for path in run.rglob("*") if path.is_file())
 
 

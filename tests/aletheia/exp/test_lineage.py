@@ -83,14 +83,10 @@ def test_json_is_the_tree_in_order_with_depths(aletheia: Run, demo: Workspace) -
 def test_a_record_that_is_not_there_is_shown_as_gone(aletheia: Run, place: Workspace, write_record: Write) -> None:
     write_record(place, DPO, {"stage": "dpo", "lineage": taken(SFT) | {"parent": PIPELINE}})
     said = aletheia(place, "exp", "lineage", DPO)
-    assert tree(said) == [(0, SFT), (1, DPO)]
-    assert next(line for line in said.out.splitlines() if line.startswith(SFT)).split() == [
-        SFT,
-        "sft",
-        "gone",
-        "a" * 12,
-    ]
-    assert f"part of {PIPELINE}  ?  gone" in said.out
+    assert tree(said) == [(0, "tiny"), (1, SFT), (2, DPO)]
+    gone = next(line for line in said.out.splitlines() if SFT in line)
+    assert gone.split()[1:] == [SFT, "sft", "gone", "a" * 12]
+    assert f"part of  {PIPELINE}  ?  gone\n" in said.out
 
 
 def test_a_record_that_cannot_be_read_is_shown_as_unreadable(

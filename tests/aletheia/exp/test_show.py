@@ -137,7 +137,7 @@ def test_the_verdict_shows_each_criterion_the_n_it_needs_and_what_was_changed_af
     assert "supported" in first
     assert "5.43 [5.34, 5.49] n=25" in first
     assert "guardrail" in second
-    assert second.endswith("the interval holds 0.5; needs n = 120")
+    assert second.endswith("  120       the interval holds 0.5")
     assert changed == "changed after start: eval_loss < 5.5 was eval_loss < 5.2"
     assert "something else" not in str(found)
 
@@ -213,12 +213,14 @@ def test_what_cannot_be_read_at_all_is_one_line(aletheia: Run, place: Workspace,
 
 def test_json_is_id_person_facts_and_liveness_alone(aletheia: Run, place: Workspace, write_record: Write) -> None:
     results = {"eval_loss": CHANGE, "odd": float("nan")}
-    write_record(place, EXP, {"results": results}, "date: 2026-01-01\nexperimenter: me\n2026-01-01: odd key\n")
+    write_record(
+        place, EXP, {"results": results}, "date: 2026-01-01\nexperimenter: me\nrate: .nan\n2026-01-01: odd key\n"
+    )
     said = aletheia(place, "exp", "show", EXP, "--json")
     assert (said.code, said.err) == (0, ""), said.err
     data = json.loads(said.out, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     assert set(data) == {"id", "person", "facts", "liveness"}
-    assert data["person"] == {"date": "2026-01-01", "experimenter": "me", "2026-01-01": "odd key"}
+    assert data["person"] == {"date": "2026-01-01", "experimenter": "me", "rate": None, "2026-01-01": "odd key"}
     assert data["facts"]["results"]["eval_loss"] == CHANGE
 
 

@@ -256,12 +256,15 @@ def test_a_base_other_than_the_parents_fails(chain: Workspace) -> None:
 
 
 def test_a_base_of_the_hub_that_is_not_in_the_cache_is_not_fetched_and_not_called_true(
-    chain: Workspace, capsys: pytest.CaptureFixture[str]
+    chain: Workspace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *host, **_: asked.append(host) or [])
     for experiment_id in (SFT, DPO, MERGE):
         rewrite(chain, experiment_id, lambda facts: facts.lineage.base.update(name="acme/gone", revision="0" * 40))
     assert verify(chain, MERGE, as_json=False)
     assert capsys.readouterr().out.splitlines()[-1].endswith("27 of 27 checks; 3 not checked")
+    assert not asked
 
 
 def test_rows_that_changed_since_are_a_warning_and_no_failure(
@@ -354,7 +357,9 @@ def _input(place: Workspace, experiment_id: str) -> Any:
     return checked_output(place, file, facts, FOLDER[experiment_id])[1]
 
 
-@pytest.mark.parametrize("hostile", ["../../etc/passwd", "EXP-2026-01-01-001/../../x", "", "EXP-2026-01-01-009"])
+@pytest.mark.parametrize(
+    "hostile", ["../../etc/passwd", "../x/EXP-2026-01-01-001", "EXP-2026-01-01-001/../../x", "", "EXP-2026-01-01-009"]
+)
 def test_a_parent_whose_id_is_none_fails_and_is_not_looked_for(chain: Workspace, hostile: str) -> None:
     rewrite(chain, DPO, lambda facts: setattr(facts.lineage.inputs[0], "id", hostile))
     assert (hostile, "record") in failed(chain)
@@ -401,6 +406,16 @@ def test_a_plan_has_nothing_to_check(chain: Workspace, write_record: Write) -> N
     write_record(chain, "EXP-2026-01-01-009", facts=None)
     with pytest.raises(UserError, match="is a plan"):
         verify(chain, "EXP-2026-01-01-009", as_json=False)
+
+
+def test_hashing_much_shows_how_far_it_is(
+    chain: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("aletheia.exp.verify.LARGE", 1)
+    assert not failed(chain)
+    said = capsys.readouterr().err
+    assert "hashing  0/0 megabytes" in said
+    assert "hashing the base base  0.0 GB" in said
 
 
 def test_the_command_says_what_failed_first_and_ends_with_1(chain: Workspace, aletheia: Callable[..., Any]) -> None:

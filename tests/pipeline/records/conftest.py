@@ -26,7 +26,7 @@ def place(tmp_path: Path) -> Workspace:
 def opened(place: Workspace) -> Callable[..., AbstractContextManager[Record]]:
     """`with opened(description="…") as record:`; what is named goes into the person's half."""
 
-    def make(resume: RecordFile | None = None, **person: Any) -> Any:
+    def make(file: RecordFile | None = None, **person: Any) -> Any:
         return open_record(
             place,
             stage="sft",
@@ -35,7 +35,7 @@ def opened(place: Workspace) -> Callable[..., AbstractContextManager[Record]]:
             overrides={},
             configuration={},
             cost=Cost(),
-            resume=resume,
+            file=file,
         )
 
     return make

@@ -1,5 +1,6 @@
 import os
 import re
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -43,8 +44,9 @@ def days() -> list[str]:
 
 def test_sixteen_processes_that_start_at_once_get_sixteen_ids(place: Workspace) -> None:
     subprocess.run([sys.executable, "-c", SIXTEEN, str(place.root)], cwd=CHECKOUT, check=True, timeout=60)
-    records = list(place.experiments.iterdir())  # and no temporary file among them
+    records = [path for path in place.experiments.iterdir() if path.name != ids.ALLOCATED]  # no temporary file either
     assert len(records) == 16
+    assert sorted((place.experiments / ids.ALLOCATED).read_text().split()) == sorted(path.stem for path in records)
     assert {path.read_text().split()[0] for path in records} == {path.stem for path in records}
     assert len({path.read_text().split()[1] for path in records}) == 16
 
@@ -61,6 +63,31 @@ def test_numbers_pass_999(place: Workspace) -> None:
     for day in days():
         (place.experiments / f"EXP-{day}-999.yaml").touch()
     assert [ids.allocate(place, render).stem[15:] for _ in range(2)] == ["1000", "1001"]
+
+
+def test_numbers_pass_999_of_records_that_are_gone(place: Workspace) -> None:
+    (place.experiments / ids.ALLOCATED).write_text("".join(f"EXP-{day}-1234\n" for day in days()))
+    assert ids.allocate(place, render).stem[15:] == "1235"
+
+
+def test_an_id_is_not_used_again_when_its_record_and_folders_are_deleted(place: Workspace) -> None:
+    first = ids.allocate(place, render)
+    for folder in (place.experiments, place.checkpoints):
+        (folder / first.stem).mkdir()
+        shutil.rmtree(folder / first.stem)
+    first.unlink()
+    assert ids.allocate(place, render).stem[15:] == "002"
+
+
+def test_an_id_of_another_day_counts_on_that_day(place: Workspace) -> None:
+    names = [ids.allocate(place, render, date="2024-02-29").name for _ in range(2)]
+    assert names == ["EXP-2024-02-29-001.yaml", "EXP-2024-02-29-002.yaml"]
+    assert ids.allocate(place, render).stem[15:] == "001"
+
+
+def test_what_stands_wrongly_among_the_ids_given_out_is_passed_over(place: Workspace) -> None:
+    (place.experiments / ids.ALLOCATED).write_bytes(b"\xff\x00\n\nEXP-\nnonsense\n" + f"EXP-{days()[0]}-x\n".encode())
+    assert ids.allocate(place, render).stem[15:] == "001"
 
 
 @pytest.mark.parametrize("remains", ["experiments/EXP-{day}-007", "checkpoints/EXP-{day}-007"])

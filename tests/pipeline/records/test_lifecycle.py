@@ -4,19 +4,22 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from pipeline.errors import Interrupted, StageFailed, UserError
+from pipeline.records import capture
 from pipeline.records.file import RecordFile
-from pipeline.records.lifecycle import Record, StopRequest, liveness
+from pipeline.records.lifecycle import Record, StopRequest, close_dead, liveness
 from pipeline.records.schema import Facts, StatusChange
 from pipeline.workspace import CHECKOUT, Workspace
 
 Open = Callable[..., AbstractContextManager[Record]]
 KEY, PASSWORD = "hf_" + "Ab1" * 8, "hunter" * 2
-WORKER = """
+WORKER = r"""
 import signal, sys
 from pathlib import Path
 from pipeline.config import Cost
@@ -29,6 +32,7 @@ try:
         Workspace(Path(sys.argv[1])), stage="sft", profile="small", person={}, overrides={}, configuration={}, cost=Cost()
     ) as record:
         record.facts.results["loss"] = 1.5
+        (record.folder / "log.jsonl").write_text('{"step": 6}\n{"step": 7, "loss": 1.5}\n{"step": 8, "lo')
         record.save()
         print(record.id, flush=True)
         while True:
@@ -138,6 +142,46 @@ def test_a_killed_run_reads_as_dead_and_keeps_what_it_had(place: Workspace) -> N
     assert read(file).results == {"loss": 1.5}
 
 
+def test_a_killed_run_is_closed_truthfully_with_the_last_step_of_its_log(place: Workspace) -> None:
+    with worker(place) as (process, file):
+        process.kill()
+        process.wait()
+    facts = read(file)
+    close_dead(file, facts)
+    closed = read(file)
+    assert (closed.status, closed.results) == ("failed", {"loss": 1.5})
+    assert closed.failure is not None
+    assert (closed.failure.kind, closed.failure.step) == ("ProcessGone", 7)  # the line of step 8 is torn
+    assert closed.failure.message.startswith(f"its process ({process.pid} on ")
+    assert [(change.status, change.note) for change in closed.history] == [
+        ("running", None),
+        ("failed", "closed by exp repair"),
+    ]
+    assert liveness(closed) == "failed"
+
+
+@pytest.mark.parametrize(
+    ("log", "step"),
+    [
+        (b"", None),
+        (b"\xff\xfe\x00", None),
+        (b'{"step": 3}\n{"step": 4, "note": "\xe9"}\n', 3),
+        (b'{"step": 3}\n{"step": 1e999}\n{"step": null}\n[1]\n"x"\n' + b"[" * 100_000, 3),
+        (b'{"loss": 1}\n', None),
+    ],
+)
+def test_a_broken_log_hinders_no_closing(
+    kept: Callable[..., RecordFile], place: Workspace, log: bytes, step: int | None
+) -> None:
+    history = [StatusChange(status="running", at="then", host="here", pid=1)]
+    file = kept(1, status="running", history=history)
+    (file.folder / "log.jsonl").write_bytes(log)
+    close_dead(file, read(file))
+    failure = read(file).failure
+    assert failure is not None
+    assert failure.step == step
+
+
 def test_a_reused_pid_is_not_the_run_and_another_machine_is_not_judged(opened: Open) -> None:
     with opened() as record:
         change = read(record).history[-1]
@@ -157,7 +201,7 @@ def test_a_resume_takes_the_same_record_back_to_running(opened: Open) -> None:
         first.facts.results["loss"] = 1.5
         raise StageFailed("no", step=1)
     first.file.path.write_bytes(b"# my note\n" + first.file.path.read_bytes())
-    with opened(resume=first.file) as second:
+    with opened(file=first.file) as second:
         assert second.id == first.id
         assert read(second).status == "running"
         assert read(second).failure is None
@@ -179,7 +223,7 @@ def test_the_resources_of_a_resumed_run_are_those_of_all_its_parts(opened: Open)
     facts.resources |= {"wall_seconds": 3600.0, "cpu_seconds": 7200.0, "peak_memory_gb": 512.0, "gpu_hours": 1.0}
     facts.resources |= {"energy": {"kwh": 2.0, "co2_kg": 1.0}, "cost": {"amount": 3.0, "currency": "USD"}}
     first.file.write(facts)  # as if it had run for an hour
-    with opened(resume=first.file):
+    with opened(file=first.file):
         pass
     now = read(first).resources
     assert 3600 <= now["wall_seconds"] < 3660
@@ -187,6 +231,171 @@ def test_the_resources_of_a_resumed_run_are_those_of_all_its_parts(opened: Open)
     assert (now["peak_memory_gb"], now["gpu_hours"]) == (512.0, 1.0)
     assert (now["energy"]["kwh"], now["energy"]["co2_kg"], now["cost"]["amount"]) == (2.0, 1.0, 3.0)
     assert now["energy"]["how"]
+
+
+@pytest.mark.parametrize("resources", [{"wall_seconds": "long", "energy": 5, "cost": {"amount": None}}, {"energy": {}}])
+def test_a_resume_counts_what_a_damaged_record_still_knows(opened: Open, resources: dict[str, Any]) -> None:
+    with pytest.raises(StageFailed), opened() as first:
+        raise StageFailed("no")
+    facts = read(first)
+    facts.resources = resources
+    first.file.write(facts)
+    with opened(file=first.file):
+        pass
+    assert read(first).status == "complete"
+    assert read(first).resources["wall_seconds"] < 60
+
+
+def test_a_run_that_is_taken_up_often_names_its_code_once(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = None
+    for commit in ("a", "a", "b", "b", "b"):
+        monkeypatch.setattr(capture, "code", lambda folder, commit=commit: {"commit": commit, "dirty": False})
+        with pytest.raises(StageFailed), opened(file=file) as record:
+            raise StageFailed("no")
+        file = record.file
+    assert read(record).code == {"commit": "b", "dirty": False, "before_resume": {"commit": "a", "dirty": False}}
+
+
+def test_a_record_is_run_by_one_process_at_a_time(opened: Open, kept: Callable[..., RecordFile]) -> None:
+    with opened() as record:
+        before = record.file.path.read_bytes()
+        with pytest.raises(UserError, match=r"-001\.yaml: is running"), opened(file=record.file):
+            pass
+        assert record.file.path.read_bytes() == before
+    with pytest.raises(UserError, match="is complete: a record is run once"), opened(file=record.file):
+        pass
+
+
+def test_of_two_that_start_one_plan_at_once_one_runs_it(
+    opened: Open, place: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also before the first of them has written that it runs."""
+    plan = RecordFile(place.experiments / "EXP-2026-11-20-001.yaml")
+    plan.path.write_text("profile: small\n")
+    refused = []
+
+    def meanwhile(folder: Path) -> dict[str, Any]:
+        assert plan.facts() is None
+        with pytest.raises(UserError, match="is running"), opened(file=plan):
+            pass
+        refused.append(True)
+        return {}
+
+    monkeypatch.setattr(capture, "code", meanwhile)
+    with opened(file=plan):
+        pass
+    assert refused
+    assert [change.status for change in read(plan).history] == ["running", "complete"]
+
+
+CRITERIA = ["loss < 2", {"criterion": "margin > 0", "role": "guardrail"}]
+
+
+def test_criteria_are_frozen_at_the_start_and_judged_at_the_end(
+    opened: Open, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with opened(success_criteria=CRITERIA) as record:
+        frozen = read(record).verdict
+        assert frozen is not None
+        assert (frozen.finding, frozen.judged) == (None, [])
+        assert [one.criterion for one in frozen.criteria] == ["loss < 2", "margin > 0"]
+        record.facts.results |= {"loss": 1.5, "margin": 0.5}
+    verdict = read(record).verdict
+    assert verdict is not None
+    assert (verdict.finding, verdict.changed_after_start) == ("supported", [])
+    assert [(one.finding, one.role) for one in verdict.judged] == [("supported", "primary"), ("supported", "guardrail")]
+    assert "verdict: supported\n  supported: loss < 2  (observed 1.5;" in capsys.readouterr().err
+
+
+def test_a_criterion_changed_after_the_start_is_shown_and_not_used(
+    opened: Open, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with opened(success_criteria=["loss < 2"]) as record:
+        record.facts.results["loss"] = 2.5
+        text = record.file.path.read_text()
+        record.file.path.write_text(text.replace("loss < 2", "loss < 3", 1))
+    verdict = read(record).verdict
+    assert verdict is not None
+    assert verdict.finding == "refuted"
+    assert verdict.changed_after_start == ["taken out: loss < 2", "added: loss < 3"]
+    assert "changed after the start, and not used: added: loss < 3" in capsys.readouterr().err
+    assert record.file.person()["success_criteria"] == ["loss < 3"]  # theirs to say
+
+
+def test_criteria_that_were_added_after_the_start_are_shown_and_not_used(opened: Open) -> None:
+    with opened(success_criteria=[]) as record:
+        assert read(record).verdict is None
+        text = record.file.path.read_text()
+        record.file.path.write_text(text.replace("success_criteria: []", "success_criteria: [loss < 3]", 1))
+        record.facts.results["loss"] = 2.5
+    verdict = read(record).verdict
+    assert verdict is not None
+    assert (verdict.finding, verdict.judged) == (None, [])
+    assert verdict.changed_after_start == ["added: loss < 3"]
+
+
+def test_without_criteria_there_is_no_verdict(opened: Open) -> None:
+    with opened() as record:
+        pass
+    assert read(record).verdict is None
+
+
+@pytest.mark.parametrize("error", [StageFailed("no"), Interrupted("stop")])
+def test_what_ended_early_is_not_judged(opened: Open, error: Exception) -> None:
+    with pytest.raises(type(error)), opened(success_criteria=["loss < 2"]) as record:
+        record.facts.results["loss"] = 1.5
+        raise error
+    verdict = read(record).verdict
+    assert verdict is not None
+    assert (verdict.finding, verdict.judged) == (None, [])
+
+
+def test_a_resume_keeps_the_criteria_of_the_first_start(opened: Open) -> None:
+    with pytest.raises(StageFailed), opened(success_criteria=["loss < 2"]) as record:
+        raise StageFailed("no")
+    record.file.path.write_text(record.file.path.read_text().replace("loss < 2", "loss < 9", 1))
+    with opened(file=record.file) as again:
+        again.facts.results["loss"] = 5.0
+    verdict = read(record).verdict
+    assert verdict is not None
+    assert (verdict.finding, verdict.criteria[0].criterion) == ("refuted", "loss < 2")
+    assert verdict.changed_after_start == ["taken out: loss < 2", "added: loss < 9"]
+
+
+def test_a_plan_whose_criteria_are_wrong_is_not_begun(opened: Open, place: Workspace) -> None:
+    plan = place.experiments / "EXP-2026-11-20-001.yaml"
+    plan.write_text("success_criteria: [loss is low]\n")
+    with (
+        pytest.raises(UserError, match=r"001\.yaml: success_criteria\[1\]: `loss is low`"),
+        opened(file=RecordFile(plan)),
+    ):
+        pass
+    assert plan.read_text() == "success_criteria: [loss is low]\n"
+
+
+def test_a_record_in_mid_edit_at_the_close_loses_nothing(opened: Open, capsys: pytest.CaptureFixture[str]) -> None:
+    with opened(success_criteria=["loss < 2"]) as record:
+        mid_edit = b"tags: [a,\n" + record.file.path.read_bytes()
+        record.file.path.write_bytes(mid_edit)
+        record.facts.results["loss"] = 1.5
+    assert record.file.path.read_bytes() == mid_edit
+    assert "what the pipeline knows waits in" in capsys.readouterr().err
+    facts = read(record)  # from beside the file
+    assert (facts.status, facts.results) == ("complete", {"loss": 1.5})
+    assert facts.verdict is not None
+    assert facts.verdict.finding == "supported"
+    assert facts.verdict.changed_after_start[0].startswith("could not be compared: ")
+    record.file.path.write_bytes(mid_edit.removeprefix(b"tags: [a,\n"))
+    assert record.file.complete()
+    assert b"\nstatus: complete\n" in record.file.path.read_bytes()
+
+
+def test_the_record_that_is_deleted_while_it_runs_leaves_its_facts_beside(opened: Open) -> None:
+    with opened() as record:
+        record.file.path.unlink()
+        record.facts.results["loss"] = 1.5
+    assert not record.file.path.exists()
+    assert b"loss: 1.5" in (record.folder / "below.next.yaml").read_bytes()
 
 
 @pytest.mark.parametrize(
