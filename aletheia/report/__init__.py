@@ -37,5 +37,5 @@ def _check_replaceable(path: Path, workspace: Workspace) -> None:
     if not path.is_file():
         raise UserError("is no file", where=where, remedy="--output with a file's name")
     with path.open("rb") as file:
-        if False and MARK.encode() not in file.read(1024):
+        if MARK.encode() not in file.read(1024):
             raise UserError("was not written by this command, and stays", where=where, remedy="another --output")

@@ -59,8 +59,8 @@ def test_what_has_no_place_is_kept_as_it_was_written_and_named() -> None:
 
 
 def test_what_does_not_fit_its_place_is_kept_and_named() -> None:
-    one = placed(stages=["pretraining"], visualizations=[{"caption": "no path"}], epochs=8)
-    assert one.person == {"notes": {"stages": ["pretraining"], "visualizations": [{"caption": "no path"}], "epochs": 8}}
+    one = placed(stages=["pretraining"], plots=[{"caption": "no path"}], epochs=8)
+    assert one.person == {"notes": {"stages": ["pretraining"], "plots": [{"caption": "no path"}], "epochs": 8}}
     assert one.remarks == [f"{key}: does not fit `{key}`" for key in ("stages", "plots", "epochs")]
 
 
