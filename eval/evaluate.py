@@ -22,7 +22,7 @@ from pipeline.chat import Chat
 from pipeline.errors import UserError
 from pipeline.model import Base
 from pipeline.progress import say
-from pipeline.records import find
+from pipeline.records import find, items
 from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Input
 from pipeline.stage import Job, Source
@@ -67,11 +67,13 @@ class Evaluate:
         record.facts.data = {"contract": self.chat.contract.sha256} | {
             name: data.describe(rows) for name, rows in vars(self.items).items() if rows and name != "tasks"
         }
+        items.write_rows(record.folder, {n: data.hashes(r) for n, r in vars(self.items).items() if r and n != "tasks"})
         base = measure(self.base.load(), self.chat, self.items, config, "base")
         gc.collect()
         label = model_name(self.job, self.source)
         tuned = measure(load_source(self.source, self.base), self.chat, self.items, config, label)
 
+        items.write_changes(record.folder, self._by_item(base, tuned))
         results: dict[str, Any] = {"model": label, "against": self.base.name}
         if self.items.conversations:
             results |= self._losses(base, tuned)
@@ -82,6 +84,17 @@ class Evaluate:
         if self.items.questions:
             results |= self._win_rate(record, base, tuned)
         record.facts.results = results
+
+    def _by_item(self, base: Measurement, tuned: Measurement) -> dict[str, dict[str, tuple[float, float]]]:
+        """Both models' values of every item, by the figure that they make up: evaluations are paired by these."""
+        changes = {
+            "eval_loss": _paired(self.items.conversations, base.losses, tuned.losses),
+            "margin": _paired(self.items.pairs, base.margins, tuned.margins),
+        }
+        for name, scores in tuned.scores.items():
+            before = base.scores[name].items
+            changes[f"benchmarks.{name}"] = {str(i): (before[i], after) for i, after in scores.items.items()}
+        return changes
 
     def _losses(self, base: Measurement, tuned: Measurement) -> dict[str, Any]:
         change = statistics.paired(base.losses, tuned.losses)
@@ -173,3 +186,7 @@ def _held_out(job: Job, source: Source, stage: str, path: str, kind: Any) -> lis
 
 def _plain(figures: statistics.Figure | statistics.Change) -> dict[str, Any]:
     return figures.model_dump(exclude_none=True)
+
+
+def _paired(rows: list[Any], before: list[float], after: list[float]) -> dict[str, tuple[float, float]]:
+    return {row.id: (b, a) for row, b, a in zip(rows, before, after, strict=True)}

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 
 from pipeline import data
 from pipeline.progress import say
+from pipeline.records import items
 from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Input
 from pipeline.stage import Job
@@ -52,6 +53,11 @@ class Snapshot:
             "questions": data.describe(self.questions),
             "choices": data.describe(self.choices),
         }
+        sets: dict[str, list[Any]] = {"questions": self.questions, "choices": self.choices}
+        for name, rows in (("sft", self.sft), ("dpo", self.dpo)):
+            train, held_out = data.split(rows, self.job.config.training_data.validation)
+            sets |= {f"{name}.train": train, f"{name}.held_out": held_out}
+        items.write_rows(record.folder, {name: data.hashes(rows) for name, rows in sets.items()})
         record.facts.results = {"rows": len(self.sft) + len(self.dpo) + len(self.questions) + len(self.choices)}
         for label, text in self.plan():
             say(f"{label}: {text}")

@@ -60,12 +60,11 @@ def _about_steps(log: Log, section: str, epochs: float | None) -> Iterator[Sugge
 def _about_validation(log: Log, facts: Facts, section: str) -> Iterator[Suggestion]:
     held_out = facts.data.get("held_out")
     rows = as_metric(held_out.get("rows")) if isinstance(held_out, dict) else None
+    asked = _values(facts, section).get("evaluate_each_epoch")
     if rows and not rows.value:
         why = "no row is held out, so that overfitting cannot be seen"
         yield Suggestion("held-out rows", why, ("training_data.validation.fraction=0.1",))
-    elif len(log.validations) < min(2, int(log.steps[-1].epoch)) and not _values(facts, section).get(
-        "evaluate_each_epoch"
-    ):
+    elif not asked and len(log.validations) < min(2, int(log.steps[-1].epoch)):
         why = "without a validation an epoch, overfitting cannot be seen"
         yield Suggestion("validation after each epoch", why, (f"{section}.evaluate_each_epoch=true",))
 

@@ -57,7 +57,9 @@ def reproduce(workspace: Workspace, exp: str, dry_run: bool, as_json: bool) -> b
     """
     file = find.named(workspace, exp)
     asked = list(_asked(workspace, file))
-    told: dict[str, Any] = {"id": file.id}
+    if not asked:
+        raise UserError("none of its stages can be run again", where=workspace.shown(file.path))
+    told: dict[str, Any] = {"id": file.id, "reproduced": False}
     with StopRequest().listening(), ExitStack() as stack:
         runs = [stack.enter_context(restored(workspace, file, facts)) for file, facts in asked]
         checks = [check for run in runs for check in run.checks]
@@ -73,11 +75,12 @@ def reproduce(workspace: Workspace, exp: str, dry_run: bool, as_json: bool) -> b
             told["why"] = f"{file.id} can be reproduced from here; nothing was run"
         else:
             told["runs"] = [_again(workspace, run, as_json) for run in runs]
+            told["reproduced"] = all(run["reproduced"] for run in told["runs"])
     if as_json:
         print_json(plain(told))
     elif "why" in told:
         print(f"\n{told['why']}")
-    return not missing if dry_run else all(run["reproduced"] for run in told.get("runs", [{"reproduced": False}]))
+    return not missing if dry_run else bool(told["reproduced"])
 
 
 def compare(then: Facts, now: Facts, changed: Sequence[str] = ()) -> Iterator[Compared]:
@@ -119,8 +122,8 @@ def _asked(workspace: Workspace, file: RecordFile) -> Iterator[tuple[RecordFile,
         for name in facts.lineage.children:
             child = find.named(workspace, name)
             found = child.read().facts
-            if found and found.stage not in STAGES:
-                say(f"note: {found.stage} {name} is not run again: it has no figures to compare")
+            if found and (found.stage not in STAGES or liveness(found) != "complete"):
+                say(f"note: {found.stage} {name} ({liveness(found)}) is not run again: it has no figures to compare")
             else:
                 yield from _asked(workspace, child)
     else:

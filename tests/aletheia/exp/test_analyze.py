@@ -123,6 +123,7 @@ def test_a_log_without_validations_says_that_overfitting_cannot_be_told(analyzed
     assert "not in the log: whether it overfits cannot be told" in page
     assert advice(data) == ["validation after each epoch"]
     assert "--set sft_config.evaluate_each_epoch=true" in page
+    assert analyzed(steps())[1]["what_to_try"] == []  # it was asked for: no setting brings it
     page, data = analyzed(steps(), data={"train": {"rows": 9}, "held_out": {"rows": 0}})
     assert advice(data) == ["held-out rows"]
     assert "--set training_data.validation.fraction=0.1" in page

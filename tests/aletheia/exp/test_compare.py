@@ -101,11 +101,12 @@ def test_rows_added_removed_and_changed_are_counted_and_named(
     assert "held_out: the same 1 rows" in said
 
 
+@pytest.mark.parametrize("new", ["hash-new", "hash-1"])
 def test_a_row_put_in_front_of_rows_that_have_only_their_place_for_an_id_is_one_row_added(
-    aletheia: Run, place: Workspace, write_record: Write
+    aletheia: Run, place: Workspace, write_record: Write, new: str
 ) -> None:
-    one = {f"x.jsonl:{i}": f"hash-{i}" for i in range(1, 5)}
-    other = {"x.jsonl:1": "new"} | {f"x.jsonl:{i + 1}": f"hash-{i}" for i in range(1, 5)}
+    one = {f"x.jsonl:{i}": f"hash-{i % 3}" for i in range(1, 5)}  # two rows are alike
+    other = {"x.jsonl:1": new} | {f"x.jsonl:{i + 1}": digest for i, digest in enumerate(one.values(), 1)}
     for name, found in ((A, one), (B, other)):
         file = write_record(place, name, {"data": rows(train=found)})
         items.write_rows(file.folder, {"train": found})
@@ -133,10 +134,10 @@ def test_without_a_hash_a_row_only_the_sets_are_compared_and_it_says_so(
 def test_rows_that_one_trained_on_and_the_other_holds_out_are_named(
     aletheia: Run, place: Workspace, write_record: Write
 ) -> None:
-    for name, train, held in ((A, {"a": "1", "b": "2"}, {"c": "3"}), (B, {"a": "1", "c": "3"}, {"b": "2"})):
+    for name, train, held in ((A, {"a": "1", "b": "2"}, {"c": "3"}), (B, {"a": "1"}, {"b": "2", "c": "3"})):
         file = write_record(place, name, {"data": rows(train=train, held_out=held)})
         items.write_rows(file.folder, {"train": train, "held_out": held})
-    assert f"{A} trained on, {B} holds out: b" in aletheia(place, "exp", "compare", A, B).out
+    assert f"{A} trained on, {B} holds out: b\n" in aletheia(place, "exp", "compare", A, B).out
 
 
 # ── figures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -224,7 +225,9 @@ def test_preferences_and_answers_are_paired_too(aletheia: Run, place: Workspace,
     results = {"preference_accuracy": {"value": 0.5, "n": 2}, "margin": {"value": 0.0, "n": 2}}
     for name in (A, B):
         write_record(place, name, {"stage": "dpo", "results": results}, **{"heldout.jsonl": margins})
-    assert difference(aletheia, place, "preference_accuracy")["n"] == 2
+    expected = statistics.paired([1.0, 0.0], [1.0, 0.0], shares=True).delta  # 0 or 1 a pair: the interval of shares
+    found = difference(aletheia, place, "preference_accuracy")
+    assert (found["n"], found["ci_low"], found["ci_high"]) == (2, expected.ci_low, expected.ci_high)
     for name, score in ((A, 0.0), (B, 1.0)):
         answers = [{"id": "q1", "score": score}, {"id": "q2", "score": 1.0}]
         facts = {"stage": "eval", "results": {"win_rate": {"value": score, "n": 2}}}

@@ -86,7 +86,7 @@ def test_records_that_name_each_other_or_themselves_end_too(put: Put, project: C
     put("EXP-2026-01-01-002", built_on("EXP-2026-01-01-001"))
     put("EXP-2026-01-01-003", built_on("EXP-2026-01-01-003"))
     found = picture(project())
-    assert {box.id[-3:] for box in found.boxes} == {"iny", "001", "002", "003"}
+    assert {box.id[-3:]: box.column for box in found.boxes} == {"iny": 0, "001": 1, "002": 2, "003": 1}
 
 
 def test_a_chain_longer_than_the_picture_ends(

@@ -17,7 +17,9 @@ import pytest
 from aletheia.report import write_report
 from aletheia.report.page import HERE, totals
 from aletheia.report.project import Project
+from pipeline import yamlio
 from pipeline.errors import UserError
+from pipeline.records.file import LINE
 from pipeline.workspace import Workspace
 from tests.aletheia.report.conftest import Put, change
 
@@ -121,7 +123,7 @@ def test_what_a_record_says_is_text_and_nothing_else(put: Put, page: Callable[[]
     person = {key: HOSTILE for key in ("description", "hypothesis", "conclusion", "profile", "experimenter", HOSTILE)}
     person |= {
         "tags": [HOSTILE],
-        "observations": [HOSTILE, "[x](javascript:alert(3))", "{{ 7 * 7 }}"],
+        "observations": [f"{HOSTILE} https://example.org {HOSTILE}", "[x](javascript:alert(3))", "{{ 7 * 7 }}"],
         "learnings": {HOSTILE: [HOSTILE]},
         "journal": [{"date": HOSTILE, "learned": HOSTILE, HOSTILE: {HOSTILE: [HOSTILE]}}],
         "next_steps": [HOSTILE, {"step": HOSTILE, "done": True, "promoted_to": "javascript:alert(4)"}],
@@ -165,7 +167,7 @@ def test_what_a_record_says_is_text_and_nothing_else(put: Put, page: Callable[[]
     assert {tag for tag, _ in found.elements}.isdisjoint({"img", "iframe", "object", "embed"})
     for _, attributes in found.elements:
         assert not any(name.startswith("on") for name in attributes), attributes
-        assert (attributes.get("href") or "#").startswith(("#", "EXP-", "data:,")), attributes
+        assert (attributes.get("href") or "#").startswith(("#", "EXP-", "data:,", "https://example.org")), attributes
     assert HOSTILE in found.text
     assert "{{ 7 * 7 }}" in found.text
     assert found.source.count("alert(1)</script>") == 0
@@ -402,3 +404,45 @@ def test_time_and_cost_are_not_counted_twice(put: Put, project: Callable[[], Pro
     put("EXP-2026-01-01-002", {"lineage": {"parent": "EXP-2026-01-01-001"}, "resources": resources(20)})
     put("EXP-2026-01-01-003", {"resources": resources(5, "EUR")})
     assert totals(project()) == {"seconds": 35, "cost": {"USD": 3.0, "EUR": 0.5}}
+
+
+def test_blocks_of_any_shape_are_shown_or_passed_over(put: Put, page: Callable[[], Page]) -> None:
+    odd: list[Any] = [
+        None,
+        "",
+        -1,
+        1e308,
+        float("inf"),
+        True,
+        [[]],
+        {"a": [None]},
+        10**400,
+        "2026-02-30",
+        b"\x00",
+        {1: {2: 3}},
+    ]
+    odd += [{"value": "x"}, {"before": 1, "after": None}, {"value": 1, "ci_low": 2, "ci_high": -2, "n": True}]
+    keys = (
+        "rows",
+        "eval_loss",
+        "benchmarks",
+        "train",
+        "sft",
+        "wall_seconds",
+        "energy",
+        "cost",
+        "gpus",
+        "commit",
+        "sft_config",
+    )
+    for number, value in enumerate(odd):
+        blocks = ("results", "data", "configuration", "resources", "environment", "code", "external", "overrides")
+        block = dict.fromkeys(keys, value)
+        facts = dict.fromkeys(blocks, block) | {"lineage": {"base": {"name": value, "sha256": value}}}
+        file = put(f"EXP-2026-01-01-{number:03d}", {}, {"variables": value, "hypothesis": value, "deployment": [value]})
+        text = file.path.read_text()
+        lower = yamlio.dump({"status": "complete", "stage": "data", "profile": "small", **facts})
+        file.path.write_text(text.partition(LINE)[0] + LINE + "\n" + lower)
+        shutil.rmtree(file.folder)  # as in another checkout: nothing tells that it was edited
+    rows = [row for row in page().having("tr") if "data-id" in row]
+    assert [row["data-status"] for row in rows] == ["complete"] * len(odd)
