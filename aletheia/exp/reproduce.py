@@ -144,7 +144,7 @@ def _again(workspace: Workspace, run: Restored, as_json: bool) -> dict[str, Any]
         "reproduced": _outcome(compared) != "no",
         "exactly": _outcome(compared) == "exactly",
     }
-    told |= {"compared": [asdict(c) for c in compared], "why": _closing(run.file.id, new.id, compared)}
+    told |= {"compared": [asdict(c) for c in compared], "why": closing(run.file.id, new.id, compared)}
     if not as_json:
         print()
         print_table(("", run.file.id, new.id, ""), [(c.what, c.then, c.now, c.finding) for c in compared], sys.stdout)
@@ -242,21 +242,18 @@ def _outcome(compared: Sequence[Compared]) -> Literal["exactly", "within", "no"]
     return "exactly" if findings <= {"equal", "not compared"} else "within"
 
 
-def _closing(original: str, again: str, compared: Sequence[Compared]) -> str:
-    files = [c for c in compared if c.what.startswith("file ")]
-    rest = [c for c in compared if c not in files and c.finding != "not compared"]
-    outcome = _outcome(compared)
-    if outcome == "no":
-        different = [c for c in compared if c.finding == "DIFFERENT"]
+def closing(original: str, again: str, compared: Sequence[Compared]) -> str:
+    different = [c for c in compared if c.finding == "DIFFERENT"]
+    if different:
         first = f"{different[0].what} {different[0].then}, now {different[0].now}"
         return f"{original} was NOT reproduced by {again}: {len(different)} of {len(compared)} are different, first {first}"
-    equal = sum(c.finding == "equal" for c in rest)
-    bits = (
-        f"; {sum(c.finding == 'equal' for c in files)} of {len(files)} files are the same bit for bit" if files else ""
-    )
-    if outcome == "exactly":
-        return f"{original} was reproduced exactly by {again}: {equal} of {len(rest)} equal{bits}"
-    return (
-        f"{original} was reproduced by {again} within its intervals, not exactly: {equal} of {len(rest)} equal, "
-        f"{len(rest) - equal} within their interval or {TOLERANCE:.0%}{bits}"
-    )
+    files = [c for c in compared if c.what.startswith("file ")]
+    rest = [c for c in compared if c not in files and c.finding != "not compared"]
+    equal, same = ([c for c in group if c.finding == "equal"] for group in (rest, files))
+    how = "" if len(equal) < len(rest) else " exactly" if len(same) == len(files) else " in every figure"
+    sentence = f"{original} was reproduced{how} by {again}: {len(equal)} of {len(rest)} equal"
+    if len(equal) < len(rest):
+        sentence += f", {len(rest) - len(equal)} not exactly but within their interval or {TOLERANCE:.0%}"
+    others = ", ".join(c.what.removeprefix("file ") for c in files if c not in same)
+    bits = f"; {len(same)} of {len(files)} files are the same bit for bit" if files else ""
+    return f"{sentence}{bits}{f', not {others}' if others else ''}"

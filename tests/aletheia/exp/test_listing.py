@@ -4,7 +4,10 @@ import json
 import os
 import pty
 import re
+import resource
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +20,7 @@ from aletheia.exp import listing
 from pipeline import yamlio
 from pipeline.records import index
 from pipeline.records.file import LINE, RecordFile
-from pipeline.workspace import Workspace
+from pipeline.workspace import CHECKOUT, Workspace
 
 if TYPE_CHECKING:
     from tests.conftest import Said
@@ -266,6 +269,27 @@ def test_the_figure_asked_for_is_shown_with_its_interval(aletheia: Aletheia, som
     assert said.out.count("eval_loss.delta") == 1
 
 
+def test_sorting_by_time_shows_no_figure_of_that_name(
+    aletheia: Aletheia, place: Workspace, write_record: Write
+) -> None:
+    write_record(place, "EXP-2026-01-01-001", {"results": {"training": {"seconds": 7}}})
+    said = aletheia(place, "exp", "list", "--sort", "seconds")
+    assert (said.code, said.err) == (0, "note: 1 of 1 records have no `seconds` and stand last\n")
+    assert "seconds" not in said.out
+
+
+def test_what_is_wrong_with_a_record_is_told_with_its_place(aletheia: Aletheia, some: Workspace) -> None:
+    broken = some.experiments / "EXP-2026-01-01-001.yaml"
+    broken.write_bytes(b"tags: [}\n" + broken.read_bytes())
+    *_, row, figures = aletheia(some, "exp", "list").out.splitlines()
+    assert row.split()[:4] == ["EXP-2026-01-01-001", "sft", "small", "complete"]
+    assert "experiments/EXP-2026-01-01-001.yaml:1:8: " in row
+    assert "held-out loss" in figures
+    problems = json.loads(aletheia(some, "exp", "list", "--json").out)[-1]["problems"]
+    assert len(problems) == 1
+    assert problems[0] in row
+
+
 def test_a_control_is_not_the_pipelines_figure(aletheia: Aletheia, place: Workspace, write_record: Write) -> None:
     shuffled = {"configuration": {"sft_config": {"shuffle_answers": True}}}
     write_record(place, "EXP-2026-01-01-001", {"results": loss(5.0)})
@@ -298,6 +322,35 @@ def test_what_is_no_terminal_gets_every_record(aletheia: Aletheia, place: Worksp
         put(place, number, GOOD)
     said = aletheia(place, "exp", "list")
     assert (said.out.count("EXP-"), said.err) == (60, "")
+
+
+def test_ten_thousand_records_list_in_two_seconds_once_the_cache_is_warm(
+    aletheia: Aletheia, place: Workspace, write_record: Write
+) -> None:
+    """Processor time, of the whole command: the wall clock of a busy machine says little."""
+    results = {"results": loss(5.5) | {"benchmarks": {f"task_{i}": loss(0.5)["eval_loss"] for i in range(9)}}}
+    model = write_record(place, "EXP-2026-01-01-001", results | {"environment": {"filler": ["x" * 80] * 40}})
+    [entry] = index.entries(place)
+    content, text, rows = model.path.read_bytes(), entry.model_dump_json(), {}
+    for number in range(2, 10_001):
+        name = f"EXP-2026-01-01-{number:03d}"
+        path = place.experiments / f"{name}.yaml"
+        path.write_bytes(content)
+        rows[path.name] = index._stamp(path, time.time()) or "", text.replace("EXP-2026-01-01-001", name)
+    index._save(place.experiments / ".index.sqlite", rows, [])
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    said = subprocess.run(
+        [sys.executable, "-m", "aletheia.cli", "exp", "list", "--json", "--where", "task_3 < 1", "--sort", "eval_loss"],
+        env=os.environ | {"ALETHEIA_ROOT": str(place.root)},
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert len(json.loads(said.stdout)) == 10_000
+    assert "reads" not in said.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 
 # ── hostile records ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -19,7 +19,7 @@ import pytest
 
 from aletheia.cli import main
 from aletheia.exp import restore
-from aletheia.exp.reproduce import Compared, compare, reproduce
+from aletheia.exp.reproduce import Compared, closing, compare, reproduce
 from pipeline.errors import StageFailed, UserError
 from pipeline.model import Base
 from pipeline.profile import load_profile
@@ -530,6 +530,25 @@ def test_files_are_compared_bit_for_bit_by_their_place_in_the_output() -> None:
     found = findings(side(1, a="1", b="1", c="1"), side(2, a="1", b="2"))
     del found["code"]
     assert found == {"file adapter/a": "equal", "file adapter/b": "other bytes", "file adapter/c": "DIFFERENT"}
+
+
+@pytest.mark.parametrize(
+    ("loss", "digest", "sentence"),
+    [
+        (5.4, "1", "A was reproduced exactly by B: 2 of 2 equal; 1 of 1 files are the same bit for bit"),
+        (5.4, "2", "A was reproduced in every figure by B: 2 of 2 equal; 0 of 1 files are the same bit for bit, not adapter/a"),
+        (5.41, "2", "A was reproduced by B: 1 of 2 equal, 1 not exactly but within their interval or 1%; 0 of 1 files are the same bit for bit, not adapter/a"),
+        (6.0, "1", "A was NOT reproduced by B: 1 of 4 are different, first loss 5.4, now 6"),
+    ],
+)  # fmt: skip
+def test_the_closing_sentence_says_exactly_only_of_what_is_the_same_to_the_last_bit(
+    loss: float, digest: str, sentence: str
+) -> None:
+    def side(loss: float, digest: str) -> Facts:
+        artifact = Artifact(path="checkpoints/EXP/adapter/a", sha256=digest, bytes=1)
+        return facts({"loss": loss, "seconds": loss}, artifacts=[artifact])
+
+    assert closing("A", "B", list(compare(side(5.4, "1"), side(loss, digest)))) == sentence
 
 
 @pytest.mark.parametrize(
