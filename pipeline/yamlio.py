@@ -14,6 +14,7 @@ import yaml
 
 MAX_BYTES = 8 * 1024 * 1024
 MAX_DEPTH = 40
+MAX_BITS = 1024  # of an integer
 MAX_ALIASES = 10  # so few cannot multiply into anything large
 
 _FLOAT = re.compile(
@@ -52,7 +53,10 @@ class _Loader(yaml.CSafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """A value that its type does not have (`2026-02-30`, `!!bool maybe`) is an error at its place."""
         try:
-            return super().construct_object(node, deep)
+            value = super().construct_object(node, deep)
+            if isinstance(value, int) and value.bit_length() > MAX_BITS:
+                raise ValueError  # Python cannot even print one of over 4,300 digits
+            return value
         except (YamlError, yaml.YAMLError, RecursionError):
             raise
         except Exception as error:  # pyyaml lets out whatever Python raised while converting

@@ -56,7 +56,8 @@ def sync(workspace: Workspace, exps: Sequence[str], as_json: bool) -> bool:
             whole = False
             continue
         if read.mistake:
-            done.append({"id": file.id, "done": f"{'waits' if read.pending else 'is wrong'}: {read.mistake}"})
+            mistake = str(read.mistake).removeprefix(f"{workspace.root}/")
+            done.append({"id": file.id, "done": f"{'waits' if read.pending else 'is wrong'}: {mistake}"})
             whole = False
         elif read.pending or read.edited:
             complete = file.complete() and not file.read().edited
@@ -64,7 +65,8 @@ def sync(workspace: Workspace, exps: Sequence[str], as_json: bool) -> bool:
             done.append({"id": file.id, "done": what + (": undone" if read.edited and complete else "")})
             whole = whole and complete
         elif read.damage:
-            done.append({"id": file.id, "done": f"no copy is at hand to put it right: {read.damage}"})
+            damage = str(read.damage).removeprefix(f"{workspace.root}/")
+            done.append({"id": file.id, "done": f"no copy is at hand to put it right: {damage}"})
             whole = False
     _print(done, as_json, "every record is in step with what the pipeline knows")
     return whole

@@ -51,24 +51,19 @@ class Log:
 
 def read_log(path: Path) -> Log | None:
     """None where there is no log."""
-    log = Log()
-    unreadable, again = 0, 0
+    log, unreadable = Log(), 0
+    twice: set[float] = set()
     not_finite: dict[str, list[float]] = {}
-    seen: set[tuple[float, bool]] = set()
     try:
         with path.open(encoding="utf-8", errors="replace") as lines:
-            for number, line in enumerate(lines, 1):
+            for line in lines:
                 try:
-                    entry = json.loads(line)
-                    step = float(entry.get("step", number))
-                    if not math.isfinite(step):
-                        raise ValueError
-                except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+                    step, entry = _parse(line)
+                except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
                     unreadable += 1
                     continue
-                place = (step, "eval_loss" in entry)
-                again += place in seen
-                seen.add(place)
+                if any(step in log.values.get(key, {}) for key in entry if key not in _PLACES):
+                    twice.add(step)
                 for key, value in entry.items():
                     if key == BY_LAYER and isinstance(value, dict):
                         for layer, norm in value.items():
@@ -78,9 +73,11 @@ def read_log(path: Path) -> Log | None:
     except OSError as error:
         return None if isinstance(error, FileNotFoundError) else Log(notes=[f"{path.name}: {error.strerror}"])
     if unreadable:
-        log.notes.append(f"lines of {path.name} that could not be read: {unreadable:,}")
-    if again:
-        log.notes.append(f"steps that stand in {path.name} twice (a resume), of which the later is drawn: {again:,}")
+        log.notes.append(f"lines of {path.name} that are of no step: {unreadable:,}")
+    if twice:
+        log.notes.append(
+            f"steps that stand in {path.name} twice (a resume), of which the later is drawn: {len(twice):,}"
+        )
     for key, steps in not_finite.items():
         log.notes.append(f"{key} is no finite number at step {_short(steps[0])}{_others(len(steps) - 1)}")
     return log
@@ -107,6 +104,14 @@ def thin(values: Sequence[float], limit: int = MAX_POINTS) -> list[int]:
     for stretch in _stretches(len(values), limit // 2):
         places |= {min(stretch, key=values.__getitem__), max(stretch, key=values.__getitem__)}
     return sorted(places)
+
+
+def _parse(line: str) -> tuple[float, dict[str, Any]]:
+    entry = json.loads(line)
+    step = float(entry["step"])
+    if not math.isfinite(step):
+        raise ValueError(f"step {step}")
+    return step, entry
 
 
 def _put(curve: dict[float, float], step: float, value: Any) -> bool:

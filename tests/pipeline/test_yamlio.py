@@ -175,3 +175,9 @@ def test_an_alias_does_not_surprise_twice() -> None:
 
 def test_an_empty_document_is_none() -> None:
     assert yamlio.load("# nothing but a comment\n") == yamlio.Document(None, {})
+
+
+def test_a_number_too_long_to_print_is_refused_at_its_place() -> None:
+    with pytest.raises(YamlError, match="is no int") as refused:
+        load(f"a: 1\nb: 0x{'f' * 5000}\n")
+    assert (refused.value.line, refused.value.column) == (2, 4)

@@ -324,23 +324,22 @@ def test_what_is_no_terminal_gets_every_record(aletheia: Aletheia, place: Worksp
     assert (said.out.count("EXP-"), said.err) == (60, "")
 
 
-def test_ten_thousand_records_list_in_two_seconds_once_the_cache_is_warm(
-    aletheia: Aletheia, place: Workspace, write_record: Write
-) -> None:
-    """Processor time, of the whole command: the wall clock of a busy machine says little."""
-    results = {"results": loss(5.5) | {"benchmarks": {f"task_{i}": loss(0.5)["eval_loss"] for i in range(9)}}}
-    model = write_record(place, "EXP-2026-01-01-001", results | {"environment": {"filler": ["x" * 80] * 40}})
+def test_ten_thousand_records_list_in_two_seconds_once_the_cache_is_warm(place: Workspace) -> None:
+    """Processor time of the whole command: the wall clock of a busy machine says little."""
+    results = loss(5.5) | {"benchmarks": {f"task_{i}": loss(0.5)["eval_loss"] for i in range(9)}}
+    model = put(place, 1, GOOD | {"stage": "eval", "results": results, "environment": {"filler": ["x" * 80] * 40}})
     [entry] = index.entries(place)
-    content, text, rows = model.path.read_bytes(), entry.model_dump_json(), {}
-    for number in range(2, 10_001):
+    content, text, rows = model.read_bytes(), entry.model_dump_json(), {}
+    for number in range(1, 10_001):
         name = f"EXP-2026-01-01-{number:03d}"
         path = place.experiments / f"{name}.yaml"
         path.write_bytes(content)
-        rows[path.name] = index._stamp(path, time.time()) or "", text.replace("EXP-2026-01-01-001", name)
+        rows[path.name] = index._stamp(path, time.time()) or "", text.replace(entry.id, name)
     index._save(place.experiments / ".index.sqlite", rows, [])
+    script = "from aletheia.cli import main; from pipeline.records import index; index.SETTLED = 0.0; main()"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     said = subprocess.run(
-        [sys.executable, "-m", "aletheia.cli", "exp", "list", "--json", "--where", "task_3 < 1", "--sort", "eval_loss"],
+        [sys.executable, "-c", script, "exp", "list", "--json", "--where", "task_3 < 1", "--sort", "eval_loss"],
         env=os.environ | {"ALETHEIA_ROOT": str(place.root)},
         cwd=CHECKOUT,
         capture_output=True,
@@ -349,7 +348,7 @@ def test_ten_thousand_records_list_in_two_seconds_once_the_cache_is_warm(
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert len(json.loads(said.stdout)) == 10_000
-    assert "reads" not in said.stderr
+    assert said.stderr == ""  # nothing was read anew
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 

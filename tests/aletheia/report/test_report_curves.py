@@ -45,11 +45,12 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
         "[]",
         '{"step": 6, "lo',
         {"step": 1, "loss": 3.0},
+        {"step": 6, "train_runtime": 12.5},
     ]
     found, notes = drawn(tmp_path, lines)
     assert (found["Loss"]["lines"][0]["x"], found["Loss"]["lines"][0]["y"]) == ([1], [3])
     assert notes == [
-        "lines of log.jsonl that could not be read: 3",
+        "lines of log.jsonl that are of no step: 3",
         "steps that stand in log.jsonl twice (a resume), of which the later is drawn: 1",
         "loss is no finite number at step 2 and 2 later",
     ]
