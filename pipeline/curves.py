@@ -82,16 +82,17 @@ def draw(record_folder: Path, log: Log) -> list[tuple[str, str]]:
 def _picture(path: Path, panels: list[Callable[[Any, Log], None]], log: Log) -> None:
     """The panels one below the other."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(WIDTH, max(PANEL * len(panels), 4.0)), dpi=DPI, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)  # inches
+    figure = Figure(figsize=(WIDTH, max(PANEL * len(panels), 4.0)), dpi=DPI, layout=layout)
     axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     for panel, ax in zip(panels, axes, strict=True):
         panel(ax, log)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[-1].set_xlabel(_step_label(log))
     figure.align_ylabels(axes)
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
     figure.savefig(path)
 
 

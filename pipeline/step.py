@@ -1,6 +1,7 @@
 """What one optimiser step learns from, moves and costs: the figures of its line in `log.jsonl`.
 
     tokens               supervised tokens trained so far
+    seconds              spent in steps so far: no validation, no saving
     tokens_per_second    those of this step, by its wall clock from the first pass to the optimiser's step
     memory_gb            the peak so far: what CUDA has allocated, or on a CPU the process's resident set
     update_norm          ‖Δθ‖ / ‖θ‖ over the adapter's parameters
@@ -14,12 +15,13 @@ import re
 import resource
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+NOTHING: Mapping[str, float] = {"tokens": 0, "seconds": 0.0}  # trained so far
 LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
@@ -38,9 +40,10 @@ class Feed:
 class StepFigures(TrainerCallback):
     """`rows` are those of the step under way, `figures` those of the last whole step."""
 
-    def __init__(self, feed: Feed, tokens_of_row: Sequence[int], tokens_before: int | None) -> None:
-        """`tokens_before`: trained before a resume; None where the log, an older one, does not know."""
-        self.feed, self.tokens_of_row, self.tokens = feed, tokens_of_row, tokens_before
+    def __init__(self, feed: Feed, tokens_of_row: Sequence[int], before: Mapping[str, Any]) -> None:
+        """`before`: the last step's line before a resume. A total that it lacks, an older one, is not told after it either."""
+        self.feed, self.tokens_of_row = feed, tokens_of_row
+        self.totals: dict[str, float] = {key: before[key] for key in NOTHING if key in before}
         self.rows: list[int] = []
         self.figures: dict[str, Any] = {}
         self._clipped: dict[str, float] = {}
@@ -81,10 +84,11 @@ class StepFigures(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         seconds = time.perf_counter() - self._started
         tokens = sum(self.tokens_of_row[row] for row in self.rows)
-        if self.tokens is not None:
-            self.tokens += tokens
+        for key, more in (("tokens", tokens), ("seconds", seconds)):
+            if key in self.totals:
+                self.totals[key] = round(self.totals[key] + more, 3)
         self.figures = {
-            **({} if self.tokens is None else {"tokens": self.tokens}),
+            **self.totals,
             "tokens_per_second": round(tokens / seconds, 1),
             "memory_gb": round(_peak_memory(args.device) / 1e9, 3),
             "update_norm": _short(self._moved),

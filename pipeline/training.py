@@ -27,7 +27,7 @@ from pipeline.records.find import artifacts, link_newest, sha256
 from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Visualization
 from pipeline.stage import Job
-from pipeline.step import Feed, StepFigures
+from pipeline.step import NOTHING, Feed, StepFigures
 from pipeline.watch import LOG, SEAL, Watch
 
 
@@ -81,15 +81,14 @@ def train(
         say(whole or "no whole checkpoint was left: starts from the beginning")
         _forget_after(record.folder / LOG, int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
     trainer.data_collator = feed = Feed(trainer.data_collator)
-    earlier = [line.get("tokens") for line in items.read(record.folder / LOG) if "loss" in line]
-    tokens_before = [None if checkpoint else 0, *earlier][-1]
-    step = StepFigures(feed, [tokens for _, tokens in rows], tokens_before)
+    earlier = [line for line in items.read(record.folder / LOG) if "loss" in line]
+    step = StepFigures(feed, [tokens for _, tokens in rows], [{} if checkpoint else NOTHING, *earlier][-1])
     watch = Watch(record, step, [name for name, _ in rows], held_out, config.evaluate_each_epoch)
     trainer.add_callback(step)
     trainer.add_callback(watch)
     try:
         with record.stop.deferred("stopping after this step and saving"), watch:
-            outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.state
         if record.stop.requested and state.global_step < state.max_steps:
             done = f"{state.global_step}/{state.max_steps}"
@@ -108,10 +107,11 @@ def train(
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     record.facts.results["training"] |= {
         "train_loss": {"first": round(losses[0], 4), "last": round(losses[-1], 4)},
-        "seconds": round(outcome.metrics["train_runtime"], 2),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "trained_tokens_an_epoch": sum(tokens for _, tokens in rows),
     }
+    if "seconds" in step.totals:
+        record.facts.results["training"]["seconds"] = round(step.totals["seconds"], 2)
     return after
 
 

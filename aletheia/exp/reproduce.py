@@ -69,7 +69,7 @@ def reproduce(workspace: Workspace, exp: str, dry_run: bool, as_json: bool) -> b
             print_checks(checks)
         if missing:
             told["why"] = (
-                f"{file.id} cannot be reproduced here: {len(missing)} of {len(checks)} things it ran from are missing"
+                f"{file.id} cannot be reproduced here: {len(missing)} of {len(checks)} things it ran from cannot be restored"
             )
         elif dry_run:
             told["why"] = f"{file.id} can be reproduced from here; nothing was run"

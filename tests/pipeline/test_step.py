@@ -50,7 +50,7 @@ def take_step(step: StepFigures, model: Model, gradients: list[float], clip: flo
 
 @pytest.fixture
 def step() -> StepFigures:
-    return StepFigures(Feed(lambda features: features), TOKENS, tokens_before=100)
+    return StepFigures(Feed(lambda features: features), TOKENS, {"step": 9, "tokens": 100, "seconds": 50.0})
 
 
 @pytest.mark.parametrize("clip", [1e9, 0.1])
@@ -84,10 +84,18 @@ def test_tokens_are_those_of_the_rows_of_every_pass_and_add_up(step: StepFigures
     assert step.rows == [3] and step.figures["tokens"] == 100 + 11 + 5 + 7 + 13
 
 
-def test_tokens_are_left_out_where_an_older_log_does_not_know_them() -> None:
-    step = StepFigures(Feed(lambda features: features), TOKENS, tokens_before=None)
+def test_totals_are_left_out_where_an_older_log_does_not_know_them() -> None:
+    step = StepFigures(Feed(lambda features: features), TOKENS, {"step": 9, "loss": 2.0})
     take_step(step, Model(), [0.1] * 3, 1.0, [[0]])
-    assert "tokens" not in step.figures and step.figures["tokens_per_second"] > 0
+    assert not {"tokens", "seconds"} & step.figures.keys() and step.figures["tokens_per_second"] > 0
+
+
+def test_seconds_are_those_of_the_steps_alone(step: StepFigures, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([1000.0, 1002.0, 5000.0, 5001.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    for total, pace in ((52.0, 2.5), (53.0, 5.0)):
+        take_step(step, Model(), [0.1] * 3, 1.0, [[0]])
+        assert step.figures["seconds"] == total and step.figures["tokens_per_second"] == pace
 
 
 def test_what_another_loop_drew_is_not_taken_for_the_training_s(step: StepFigures) -> None:

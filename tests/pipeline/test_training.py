@@ -46,7 +46,8 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 def curve(folder: Path) -> list[dict[str, Any]]:
     """Every line, a step's and a validation's, but how long it took and in how much memory."""
-    return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "memory_gb")} for line in log_of(folder)]
+    clock = ("seconds", "tokens_per_second", "memory_gb")
+    return [{k: v for k, v in line.items() if k not in clock} for line in log_of(folder)]
 
 
 def assert_equals_uninterrupted(resumed: Record, trained: Any) -> None:
@@ -312,6 +313,8 @@ def test_a_stop_in_a_validation_ends_it_and_a_resume_makes_up_for_it(
     resumed = run_stage(Sft, job(resume=True))
     assert resumed.id == file.id and adapter(resumed) == adapter(whole)
     assert curve(resumed.folder) == curve(whole.folder)
+    seconds = [line["seconds"] for line in log_of(resumed.folder) if "loss" in line]
+    assert seconds == sorted(seconds) and resumed.facts.results["training"]["seconds"] == round(seconds[-1], 2)
     assert resumed.facts.results["training"]["best"] == whole.facts.results["training"]["best"]
 
 

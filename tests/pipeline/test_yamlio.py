@@ -179,5 +179,5 @@ def test_an_empty_document_is_none() -> None:
 
 def test_a_number_too_long_to_print_is_refused_at_its_place() -> None:
     with pytest.raises(YamlError, match="is no int") as refused:
-        load(f"a: 1\nb: 0x{'f' * 5000}\n")
+        yamlio.load(f"a: 1\nb: 0x{'f' * 5000}\n")
     assert (refused.value.line, refused.value.column) == (2, 4)
