@@ -89,7 +89,16 @@ def dpo(
     """
     from pipeline.dpo import Dpo
 
-    _run(Dpo, profile, set_, dry_run, source=source, resume=resume, hypothesis=hypothesis, criteria=tuple(criterion or ()))
+    _run(
+        Dpo,
+        profile,
+        set_,
+        dry_run,
+        source=source,
+        resume=resume,
+        hypothesis=hypothesis,
+        criteria=tuple(criterion or ()),
+    )
 
 
 @app.command()
@@ -157,7 +166,16 @@ def eval_(
     for part in parts or []:
         if part not in PARTS:
             raise UserError(f"there is no part `{part}`", where="eval", remedy=", ".join(PARTS))
-    _run(Evaluate, profile, set_, dry_run, source=source, hypothesis=hypothesis, criteria=tuple(criterion or ()), parts=tuple(parts or ()))
+    _run(
+        Evaluate,
+        profile,
+        set_,
+        dry_run,
+        source=source,
+        hypothesis=hypothesis,
+        criteria=tuple(criterion or ()),
+        parts=tuple(parts or ()),
+    )
 
 
 @app.command()
@@ -228,7 +246,9 @@ def config_explain(profile: ProfileOption = DEFAULT, set_: SetOption = None, as_
 
 @app.command()
 def report(
-    output: Annotated[Path | None, typer.Option(help="File to write; default: experiments/report.html (or .md).")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; default: experiments/report.html (or .md).")
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="The project's log as Markdown instead.")] = False,
 ) -> None:
     """One self-contained HTML page of all records: figures, curves, lineage, comparison, verdicts, learnings.

@@ -12,6 +12,7 @@ beside the record.
 import gc
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -188,5 +189,5 @@ def _plain(figures: statistics.Figure | statistics.Change) -> dict[str, Any]:
     return figures.model_dump(exclude_none=True)
 
 
-def _paired(rows: list[Any], before: list[float], after: list[float]) -> dict[str, tuple[float, float]]:
+def _paired(rows: Sequence[Any], before: list[float], after: list[float]) -> dict[str, tuple[float, float]]:
     return {row.id: (b, a) for row, b, a in zip(rows, before, after, strict=True)}

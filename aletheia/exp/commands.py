@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from aletheia.options import DEFAULT, CriterionOption, FromOption, HypothesisOption, JsonOption, ProfileOption, SetOption
+from aletheia.options import (
+    DEFAULT,
+    CriterionOption,
+    FromOption,
+    HypothesisOption,
+    JsonOption,
+    ProfileOption,
+    SetOption,
+)
 from pipeline.workspace import Workspace
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -61,7 +69,9 @@ def list_(
     profile: Annotated[str | None, typer.Option("--profile", help="Of this profile.")] = None,
     since: Annotated[str | None, typer.Option(help="Of this date (YYYY-MM-DD) or later.")] = None,
     until: Annotated[str | None, typer.Option(help="Of this date or earlier.")] = None,
-    where: Annotated[list[str] | None, typer.Option(help="METRIC OP NUMBER, e.g. `eval_loss < 5.5`; repeatable.")] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(help="METRIC OP NUMBER, e.g. `eval_loss < 5.5`; repeatable.")
+    ] = None,
     sort: Annotated[str | None, typer.Option(help="A metric, `seconds` or `date`; -METRIC: largest first.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="So many at most.")] = None,
     as_json: JsonOption = False,
@@ -223,7 +233,9 @@ def promote_(exp: Exp, number: Annotated[int, typer.Argument(metavar="N", min=1,
 def export_(
     exp: Exp,
     to: Annotated[str, typer.Option("--to", help="mlflow, wandb, markdown or model-card.")],
-    uri: Annotated[str | None, typer.Option(help="mlflow: sqlite:///… or a server; default: experiments/mlflow.db.")] = None,
+    uri: Annotated[
+        str | None, typer.Option(help="mlflow: sqlite:///… or a server; default: experiments/mlflow.db.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="File or folder to write; default: beside the record.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:

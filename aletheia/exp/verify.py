@@ -234,7 +234,7 @@ class Chain:
                 yield self.workspace.shown(folder), "ok", "holds nothing else"
 
     def _wrong_input(self, facts: Facts, taken: Input, parent: Facts) -> Iterator[str]:
-        made = hashlib.sha256("".join(a.sha256 for a in parent.artifacts).encode()).hexdigest()
+        made = find.combined(parent.artifacts)
         if parent.status != "complete":
             yield f"is {liveness(parent)}, not complete"
         if parent.stage != taken.stage:

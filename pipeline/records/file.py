@@ -145,7 +145,7 @@ class RecordFile:
                 return True
 
     def rewrite_above(self, change: Callable[[str], str]) -> None:
-        """For `promote`, `renumber` and `reproduce` alone: `change(text) -> text` edits the person's half, keeping its encoding."""
+        """For `promote`, `renumber` and `reproduce` alone: `change` edits the person's text; its encoding stays."""
         with suppress(UserError):  # what stands there twice, or was edited below, is put right first
             self.facts()
         while True:

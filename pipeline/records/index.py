@@ -82,9 +82,9 @@ def entries(workspace: Workspace) -> list[Entry]:
     vanished = rows.keys() - {path.name for path in paths}
     try:
         for path in track(unread, "reads records", "record") if len(unread) > MANY else unread:
-            found[path.name], text = _read(workspace, path)
-            if text and path.name in stamps:
-                changes[path.name] = stamps[path.name], text
+            found[path.name], kept = _read(workspace, path)
+            if kept and path.name in stamps:
+                changes[path.name] = stamps[path.name], kept
     finally:  # what an interrupted reading has read is kept
         if changes or vanished:
             _save(store, changes, vanished)

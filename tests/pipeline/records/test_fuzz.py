@@ -4,7 +4,8 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pipeline.records.schema import Facts
 from pipeline.workspace import Workspace
 
 ID = "EXP-2026-01-01-001"
-CASES = 30  # of each kind of damage
+CASES = 40  # of each kind of damage
 MARK = LINE.encode() + b"\n"
 AFTER = Facts(status="failed", stage="sft", profile="small", results={"after": 1})
 FIGURE = {"value": 5.0, "ci_low": 4.0, "ci_high": 6.0, "n": 100}
@@ -204,6 +205,8 @@ def hostile_line(content: bytes, draw: random.Random) -> bytes:
 def hostile_value(content: bytes, draw: random.Random) -> bytes:
     """One key's value replaced, at any depth, its block with it."""
     keys = list(re.finditer(rb"(?m)^([ -]*)([a-z_]+):(.*\n(?:\1[ -].*\n)*)", content))
+    if not keys:
+        return hostile_line(content, draw)
     match = draw.choice(keys)
     return content[: match.start(3)] + f" {draw.choice(HOSTILE)}\n".encode() + content[match.end(3) :]
 
@@ -324,6 +327,21 @@ def damaged(
     return changed.replace(b"{canary}", str(canary).encode()).replace(b"{{", b"{").replace(b"}}", b"}")
 
 
+def looks(place: Workspace) -> Iterator[Callable[[], Any]]:
+    filters = Filters(where=["eval_loss < 9"])
+    for as_json in (False, True):
+        yield partial(list_records, place, filters, "-eval_loss", None, as_json)
+        yield partial(lint, place, [], as_json)
+
+
+def uses(place: Workspace) -> Iterator[Callable[[], Any]]:
+    """What may put a lower half right."""
+    for as_json in (False, True):
+        yield partial(show, place, ID, as_json)
+        yield partial(repair, place, [], as_json)
+        yield partial(sync, place, [], as_json)
+
+
 def survives(operation: Callable[[], Any]) -> Any:
     try:
         return operation()
@@ -357,21 +375,11 @@ def test_no_broken_or_hostile_record_crashes_loses_a_byte_or_runs_anything(
         file = RecordFile(place.experiments / f"{ID}.yaml")
         file.path.write_bytes(content)
         try:
-            for look in (file.read, file.person, file.above):
+            for look in (file.read, file.person, file.above, *looks(place)):
                 survives(look)
-            for as_json in (False, True):
-                survives(lambda: list_records(place, Filters(where=["eval_loss < 9"]), "-eval_loss", None, as_json))
-                survives(lambda: lint(place, [], as_json))
             assert file.path.read_bytes() == content  # so far it was only looked at
-            for use in (
-                lambda: show(place, ID, False),
-                lambda: show(place, ID, True),
-                lambda: repair(place, [], False),
-                lambda: sync(place, [], False),
-                file.facts,
-            ):
+            for use in (*uses(place), file.facts, partial(file.write, AFTER)):
                 keeps_what_is_the_persons(file, use)
-            keeps_what_is_the_persons(file, lambda: file.write(AFTER))
             assert file.facts() == AFTER  # in the file, or beside it
             assert not canary.exists()
         except Exception as error:
