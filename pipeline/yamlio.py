@@ -14,7 +14,7 @@ import yaml
 
 MAX_BYTES = 8 * 1024 * 1024
 MAX_DEPTH = 40
-MAX_BITS = 1024  # of an integer
+MAX_BITS = 14_000  # of an integer: Python prints up to 4,300 digits
 MAX_ALIASES = 10  # so few cannot multiply into anything large
 
 _FLOAT = re.compile(
@@ -55,7 +55,7 @@ class _Loader(yaml.CSafeLoader):
         try:
             value = super().construct_object(node, deep)
             if isinstance(value, int) and value.bit_length() > MAX_BITS:
-                raise ValueError  # Python cannot even print one of over 4,300 digits
+                raise ValueError
             return value
         except (YamlError, yaml.YAMLError, RecursionError):
             raise

@@ -39,7 +39,7 @@ def plan_(
     """Writes a planned record. Edit it as you like; `exp run` runs it and fills it in.
 
     \b
-    Example:  aletheia exp plan sft dpo merge eval --profile tiny --criterion "eval.eval_loss.delta.ci_high < 0"
+    Example:  aletheia exp plan sft dpo --profile tiny --criterion "dpo.preference_accuracy > 0.5"
     """
     from aletheia.exp.plan import plan
 

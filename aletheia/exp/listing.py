@@ -7,11 +7,9 @@ cannot be read or stands beyond the limit is counted on stderr.
 """
 
 import difflib
-import gc
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from operator import itemgetter
@@ -70,19 +68,7 @@ class Row:
         return seconds(self.entry.facts) if self.entry.facts else None
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Of the million objects that ten thousand records are, all stay: looking for garbage would take half of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_uncollected()
+@index.uncollected()
 def list_records(workspace: Workspace, filters: Filters, sort: str | None, limit: int | None, as_json: bool) -> None:
     """Raises `UserError` for a filter or an order that nothing could meet."""
     wanted = [criteria.parse(text, "--where") for text in filters.where]
@@ -97,7 +83,7 @@ def list_records(workspace: Workspace, filters: Filters, sort: str | None, limit
     if not rows:
         folder = workspace.shown(workspace.experiments)
         say(f"none of {len(every)} records is like that" if every else f"no records in {folder} yet; try make demo")
-    if limit is None and not as_json and sys.stdout.isatty():
+    if limit is None and not as_json and sys.stdout and sys.stdout.isatty():
         limit = PAGE
     shown = rows[:limit]
     if as_json:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from pipeline import yamlio
 from pipeline.errors import UserError
 from pipeline.progress import say
@@ -222,9 +224,10 @@ class RecordFile:
         values = self._parse(below.decode("utf-8", "replace"), first_line)
         values.pop("seal", None)
         try:
-            return Facts.model_validate(values)
+            plain = to_jsonable_python(values, inf_nan_mode="constants")  # YAML has bytes, dates and sets besides
+            return Facts.model_validate(plain)
         except ValueError as error:
-            detail = " ".join(str(error).splitlines()[1:3])
+            detail = " ".join(str(error).splitlines()[1:3]) or str(error)
             raise UserError(f"not a record's lower half: {detail}", where=f"{self.path}:{first_line}") from None
 
     def _replace(self, seen: Halves, above: bytes, below: bytes | None) -> bool:

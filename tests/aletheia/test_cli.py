@@ -221,7 +221,9 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(
     aletheia: "Callable[..., Said]", trained: "Trained", words: list[str]
 ) -> None:
     def everything() -> dict[Path, tuple[int, int]]:
-        stats = {path: path.lstat() for path in trained.workspace.root.rglob("*")}
+        """But the records' index: a cache, which any reading may renew."""
+        paths = [path for path in trained.workspace.root.rglob("*") if path.name != ".index.sqlite"]
+        stats = {path: path.lstat() for path in paths if path != trained.workspace.experiments}
         return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
     before = everything()

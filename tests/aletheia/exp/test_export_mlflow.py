@@ -54,7 +54,8 @@ def place(place: Workspace, empty_store: Path) -> Workspace:
 
 
 @pytest.fixture
-def client(place: Workspace) -> Any:
+def client(place: Workspace, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(place.root)  # where a store without a folder of its own keeps artifacts
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=f"sqlite:///{place.experiments}/mlflow.db")

@@ -211,6 +211,54 @@ def test_another_records_lower_half_is_an_edit(file: RecordFile, place: Workspac
     assert asides(file) == [lower]
 
 
+@pytest.mark.parametrize("waiting", [False, True])
+def test_a_copy_that_its_seal_does_not_fit_is_not_put_into_the_file(file: RecordFile, waiting: bool) -> None:
+    whole = file.path.read_bytes()
+    copy = file.folder / ("below.next.yaml" if waiting else "below.yaml")
+    for broken in (b"", b"status: [\n", (file.folder / "below.yaml").read_bytes().replace(b"complete", b"failed")):
+        copy.write_bytes(broken)
+        assert file.facts() == facts("complete")
+        assert file.complete()
+        assert file.path.read_bytes() == whole
+    file.write(facts("failed"))
+    assert file.facts() == facts("failed")
+
+
+def test_a_copy_that_cannot_be_read_is_none(file: RecordFile) -> None:
+    (file.folder / "below.yaml").unlink()
+    (file.folder / "below.yaml").mkdir()
+    assert file.facts() == facts("complete")
+    assert file.read().edited is None
+
+
+def test_a_record_under_another_name_was_not_edited(file: RecordFile, place: Workspace) -> None:
+    """As when two checkouts made the same id, and one of the files was renamed."""
+    file.rewrite_above(lambda text: f"experiment_id: {file.id}\n{text}")
+    other = RecordFile(place.experiments / f"{file.id}-theirs.yaml")
+    file.path.rename(other.path)
+    assert other.read().edited is None
+    assert other.facts() == facts("complete")
+    other.path.write_bytes(other.path.read_bytes().replace(b"status: complete", b"status: failed"))
+    assert other.read().edited == "was edited below the line, and no copy is at hand to put it back"
+
+
+def test_what_stands_between_two_lines_survives_a_change_above(file: RecordFile) -> None:
+    whole = file.path.read_bytes()
+    lower = whole.partition(MARK)[2]
+    edited = lower.replace(b"status: complete", b"status: failed")
+    file.path.write_bytes(b"description: x\n" + MARK + edited + MARK + lower)
+    file.rewrite_above(lambda text: text.replace("x", "y"))
+    assert file.path.read_bytes() == whole.replace(b"description: x", b"description: y")
+    assert [edited in edit for edit in asides(file)] == [True]
+
+
+def test_a_change_above_that_would_leave_no_yaml_is_not_made(file: RecordFile) -> None:
+    whole = file.path.read_bytes()
+    with pytest.raises(UserError, match=":2:1: "):
+        file.rewrite_above(lambda text: "tags: [\n")
+    assert file.path.read_bytes() == whole
+
+
 def test_reading_writes_nothing(file: RecordFile) -> None:
     file.path.write_bytes(file.path.read_bytes().replace(b"status: complete", b"status: failed"))
     before = {path: path.read_bytes() for path in file.path.parent.rglob("*") if path.is_file()}

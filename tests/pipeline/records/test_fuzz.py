@@ -1,5 +1,8 @@
 """Hundreds of broken and hostile records: one line at most is said of each, nothing above the line is lost, nothing runs."""
 
+import copy
+import datetime
+import math
 import random
 import re
 import shutil
@@ -15,6 +18,7 @@ from aletheia.exp.lint import lint
 from aletheia.exp.listing import Filters, list_records
 from aletheia.exp.mend import repair, sync
 from aletheia.exp.show import show
+from pipeline import yamlio
 from pipeline.errors import UserError
 from pipeline.records import file as record_file
 from pipeline.records.file import LINE, RecordFile, split
@@ -121,6 +125,10 @@ HOSTILE = [
     "[" * 2000,
     "{{a: " * 39 + "}}" * 39,
     "1" * 300,
+    "1" * 400,
+    "{{x: {{value: " + "1" * 400 + "}}, eval_loss: " + "-1" + "0" * 400 + "}}",
+    '["loss is low", {{criterion: x}}, {{criterion: "a < 1", min_n: many}}, 5, [a < 1]]',
+    "[&a0 [x], " + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)) + "]",
     "-" + "9" * 5000,
     "1e400",
     "-.inf",
@@ -148,6 +156,32 @@ HOSTILE = [
     "--- a\n--- b\n...",
     "# ─── Below this line",
 ]
+
+ODD: list[Any] = [
+    10**400,
+    -(10**400),
+    math.nan,
+    -math.inf,
+    1e308,
+    -1,
+    0,
+    None,
+    True,
+    "",
+    "5",
+    "x\x1b[31m\u2028\r",
+    b"\xff",
+]
+ODD += [
+    [],
+    [None],
+    [[1]],
+    {},
+    {"value": 10**400},
+    {"value": 1, "ci_low": math.nan, "ci_high": "x", "n": -1},
+    ["a is low"],
+]
+ODD += [[{"criterion": "x"}], {"before": [], "after": {}}, {1: {None: 2}}, datetime.date(1, 1, 1), "EXP-2026-01-01-001"]
 
 
 def _lines(content: bytes) -> list[bytes]:
@@ -217,6 +251,23 @@ def hostile_values(content: bytes, draw: random.Random) -> bytes:
     return content
 
 
+def odd_values(content: bytes, draw: random.Random) -> bytes:
+    """YAML as good as before, with values of other kinds in its places."""
+    above, mark, below = content.rpartition(MARK)
+    values = yamlio.load(below.decode()).value
+    for _ in range(draw.choice([1, 3, 10])):
+        within, key = draw.choice(list(_places(values)))
+        within[key] = copy.deepcopy(draw.choice(ODD))
+    return above + mark + yamlio.dump(values).encode()
+
+
+def _places(values: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(values, dict | list):
+        for key, value in list(values.items() if isinstance(values, dict) else enumerate(values)):
+            yield values, key
+            yield from _places(value)
+
+
 def odd_bytes(content: bytes, draw: random.Random) -> bytes:
     odd = [b"\0", b"\r", b"\xff", b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\xc2\x85", b"\xed\xa0\x80", b"\x1b[31m", b"\t"]
     odd += ["🚀".encode(), b"\xf0\x9f", b"\x0c", b"\x7f", b"\xf4\x90\x80\x80", b"\n\n", b"\r\r\n", b"\r\n"]
@@ -277,7 +328,7 @@ def line_disturbed(content: bytes, draw: random.Random) -> bytes:
 
 
 def several(content: bytes, draw: random.Random) -> bytes:
-    for damage in draw.sample(DAMAGES[:-1], 3):
+    for damage in draw.sample(DAMAGES[:-2], 3):
         content = damage(content or b"x: 1\n", draw)
     return content
 
@@ -295,6 +346,7 @@ DAMAGES: list[Callable[[bytes, random.Random], bytes]] = [
     odd_bytes,
     recoded,
     line_disturbed,
+    odd_values,
     several,
 ]
 SECTIONS = ["whole", "above", "below"]
@@ -327,19 +379,19 @@ def damaged(
     return changed.replace(b"{canary}", str(canary).encode()).replace(b"{{", b"{").replace(b"}}", b"}")
 
 
-def looks(place: Workspace) -> Iterator[Callable[[], Any]]:
-    filters = Filters(where=["eval_loss < 9"])
-    for as_json in (False, True):
-        yield partial(list_records, place, filters, "-eval_loss", None, as_json)
-        yield partial(lint, place, [], as_json)
+def looks(file: RecordFile, place: Workspace, as_json: bool) -> Iterator[Callable[[], Any]]:
+    yield from (file.read, file.person, file.above)
+    yield partial(list_records, place, Filters(where=["eval_loss < 9"]), "-eval_loss", None, as_json)
+    yield partial(lint, place, [], as_json)
 
 
-def uses(place: Workspace) -> Iterator[Callable[[], Any]]:
-    """What may put a lower half right."""
-    for as_json in (False, True):
-        yield partial(show, place, ID, as_json)
-        yield partial(repair, place, [], as_json)
-        yield partial(sync, place, [], as_json)
+def uses(file: RecordFile, place: Workspace, as_json: bool) -> Iterator[Callable[[], Any]]:
+    """What may put a lower half right, or replaces it."""
+    yield partial(show, place, ID, as_json)
+    yield partial(repair, place, [], as_json)
+    yield partial(sync, place, [], as_json)
+    yield file.facts
+    yield partial(file.write, AFTER)
 
 
 def survives(operation: Callable[[], Any]) -> Any:
@@ -375,10 +427,10 @@ def test_no_broken_or_hostile_record_crashes_loses_a_byte_or_runs_anything(
         file = RecordFile(place.experiments / f"{ID}.yaml")
         file.path.write_bytes(content)
         try:
-            for look in (file.read, file.person, file.above, *looks(place)):
+            for look in looks(file, place, as_json=case % 2 == 0):
                 survives(look)
             assert file.path.read_bytes() == content  # so far it was only looked at
-            for use in (*uses(place), file.facts, partial(file.write, AFTER)):
+            for use in uses(file, place, as_json=case % 2 == 0):
                 keeps_what_is_the_persons(file, use)
             assert file.facts() == AFTER  # in the file, or beside it
             assert not canary.exists()
