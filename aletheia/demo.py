@@ -60,8 +60,8 @@ def _closing(job: Job, pipeline: Record) -> str:
     verdict = change.verdict(lower_is_better=True)
     content = {
         "better": "the right answers gained more than shuffled ones: some content was learnt",
-        "worse": "shuffled answers gained even more: what was learnt is form",
-        "no difference shown": "shuffled answers gained as much: what was learnt is form, not content",
+        "worse": "shuffled answers gained even more: nothing says that content was learnt",
+        "no difference shown": "no difference from shuffled answers is shown: nothing says that content was learnt",
     }[verdict]
     name = job.config.name
     small = (

@@ -6,6 +6,7 @@ On a terminal a bar that redraws; elsewhere (a log, CI) a line every few seconds
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -15,7 +16,13 @@ LINE_EVERY = 10.0  # seconds between progress lines where there is no terminal
 
 def say(text: str) -> None:
     """One note to the person, on stderr; stdout is for data."""
-    print(text, file=sys.stderr, flush=True)
+    _write(f"{text}\n")
+
+
+def _write(text: str) -> None:
+    """Where nobody reads any more (`… 2>&1 | head`), work goes on."""
+    with suppress(BrokenPipeError):
+        print(text, end="", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -52,7 +59,7 @@ class Progress:
         self._drawn = now
         line = f"{self.description}  {self.done}/{self.total} {self.units}{self.eta(now)}  {self.note}".rstrip()
         if terminal:
-            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+            _write(f"\r\x1b[K{line}")
         else:
             say(line)
 
@@ -64,7 +71,7 @@ class Progress:
 
     def __exit__(self, error: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
         if sys.stderr.isatty():
-            print("\r\x1b[K", end="", file=sys.stderr)
+            _write("\r\x1b[K")
         took = duration(time.monotonic() - self._started)
         ending = f"{took}" if error is None else f"stopped at {self.done}/{self.total} after {took}"
         say(f"{self.description}  {self.done}/{self.total} {self.units}  {ending}  {self.note}".rstrip())

@@ -157,9 +157,12 @@ def _as_begun(job: Job, file: RecordFile, facts: Facts) -> Job:
 
 
 def upto(stage: str, configuration: dict[str, Any]) -> dict[str, Any]:
-    """Without the sections of later stages, which this one does not depend on."""
-    later = STAGES[STAGES.index(stage) + 1 :] if stage in STAGES else ()
-    return {key: value for key, value in configuration.items() if key.removesuffix("_config") not in later}
+    """What this stage's outcome depends on: not the sections of later stages, nor prices, nor where a server listened."""
+    later = (*(STAGES[STAGES.index(stage) + 1 :] if stage in STAGES else ()), "cost")
+    kept = {key: value for key, value in configuration.items() if key.removesuffix("_config") not in later}
+    if isinstance(kept.get("serve_config"), dict):
+        kept["serve_config"] = {key: value for key, value in kept["serve_config"].items() if key != "port"}
+    return kept
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

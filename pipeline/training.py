@@ -92,7 +92,9 @@ def train(
         state = trainer.state
         if record.stop.requested and state.global_step < state.max_steps:
             done = f"{state.global_step}/{state.max_steps}"
-            raise Interrupted(f"interrupted by {record.stop.requested} after step {done}; RESUME=1 goes on from there")
+            parent = record.facts.lineage.parent
+            again = f"make run EXP={parent}" if parent else "RESUME=1"
+            raise Interrupted(f"interrupted by {record.stop.requested} after step {done}; {again} goes on from there")
         if not any(entry.get("learning_rate") for entry in state.log_history):
             raise StageFailed(
                 f"nothing was learnt: the rate was 0 in all {state.global_step} steps, which were warm-up",

@@ -73,6 +73,11 @@ class _Dumper(yaml.SafeDumper):
         return super().increase_indent(flow, False)
 
 
+def _encodable(text: str) -> str:
+    """A lone surrogate, as of a file name that is not UTF-8, is no YAML: it is written out as `\\udcff`."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _resolve_floats(cls: Any) -> None:
     cls.yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
@@ -91,7 +96,7 @@ _resolve_floats(_Loader)
 _resolve_floats(_Dumper)
 _Dumper.add_representer(
     str,
-    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style=_style(text)),
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", _encodable(text), style=_style(text)),
 )
 
 

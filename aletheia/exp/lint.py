@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from aletheia.exp.mend import located
+from aletheia.exp.plan import planned_profile, read_plan
 from aletheia.output import print_json
 from pipeline import yamlio
 from pipeline.errors import UserError
@@ -77,13 +78,18 @@ def _of_file(workspace: Workspace, file: RecordFile) -> Iterator[Finding]:
     except UserError as error:
         yield found(error.what, "error", *_place(error))
     else:
-        for problem in problems(text):
+        found_problems = problems(text)
+        for problem in found_problems:
             what = f"{problem.key + ': ' if problem.key else ''}{problem.what}"
             what += f"; try {problem.remedy}" if problem.remedy else ""
             yield found(what, problem.severity, problem.line, problem.column)
         if read.mistake is None:
-            for what, severity, line in _of_person(workspace, file, read, yamlio.load(text)):
+            misfits = list(_of_person(workspace, file, read, yamlio.load(text)))
+            for what, severity, line in misfits:
                 yield found(what, severity, line)
+            sound = "error" not in [p.severity for p in found_problems] + [severity for _, severity, _ in misfits]
+            if sound and read.facts is None and not read.damage and read.person.get("profile"):
+                yield from (found(str(error), "error", *_place(error)) for error in _plan_mistakes(workspace, file))
     if read.damage:
         yield found(f"below the line: {read.damage.what}", "error", *_place(read.damage))
     below = _line(whole, whole.find(LINE)) if LINE in whole else 1
@@ -120,11 +126,22 @@ def _of_person(
                 yield what, "warning", document.lines.get(("success_criteria",), 1)
 
 
+def _plan_mistakes(workspace: Workspace, file: RecordFile) -> Iterator[UserError]:
+    """What `exp run` would refuse."""
+    shown = workspace.shown(file.path)
+    try:
+        planned_profile(workspace, read_plan(workspace, file, begun=False, quietly=True), shown)
+    except UserError as error:
+        yield error
+
+
 def _of_facts(file: RecordFile, read: Reading) -> Iterator[tuple[str, Severity]]:
     if read.edited:
         yield f"{read.edited}; try aletheia exp sync {file.id}", "error"
     if read.pending:
         yield f"what the pipeline knows waits beside it; try aletheia exp sync {file.id}", "error"
+    if read.facts and not (read.sealed or read.edited or read.pending):
+        yield f"carries no seal below the line: not as the pipeline wrote it; try git log -- {file.path.name}", "error"
     if read.facts and liveness(read.facts) == "dead":
         yield f"its process is gone; try aletheia exp repair {file.id}", "warning"
 

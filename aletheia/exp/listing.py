@@ -106,7 +106,9 @@ def _results(entry: Entry, known: dict[str, Entry]) -> dict[str, Any]:
     if entry.facts is None:
         return {}
     children = [known[child].facts for child in entry.facts.lineage.children if child in known]
-    return entry.facts.results | {f.stage: f.results for f in children if f and not index.shuffled(f)}
+    return entry.facts.results | {
+        f.stage: f.results for f in children if f and f.status == "complete" and not index.shuffled(f)
+    }
 
 
 def _date(text: str | None, option: str) -> str | None:

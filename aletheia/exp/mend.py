@@ -7,6 +7,7 @@ renumber  gives a record the next free id of its day, where two checkouts made t
 
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -22,7 +23,7 @@ from pipeline.records.lifecycle import close_dead, liveness
 from pipeline.records.schema import Facts
 from pipeline.workspace import Workspace
 
-_OWN_LINE = re.compile(rb"(?m)^((?:\xef\xbb\xbf)?experiment_id:[ \t]*['\"]?)EXP-[\d-]+\b")
+_OWN_LINE = re.compile(r"(?m)^(experiment_id:[ \t]*['\"]?)EXP-[\d-]+\b")
 
 
 def repair(workspace: Workspace, exps: Sequence[str], as_json: bool) -> None:
@@ -36,7 +37,11 @@ def repair(workspace: Workspace, exps: Sequence[str], as_json: bool) -> None:
             continue
         state = liveness(facts) if facts else "planned"
         if facts and state == "dead":
-            close_dead(file, facts)
+            try:
+                facts = close_dead(file, workspace)
+            except UserError as error:  # it was taken up again in this moment
+                done.append({"id": file.id, "done": f"left as it is: {error.what}"})
+                continue
             step = facts.failure.step if facts.failure else None
             resume = f"; aletheia exp run {facts.lineage.parent or file.id} goes on" if facts.stage != "serve" else ""
             done.append({"id": file.id, "done": f"closed as failed{f' after step {step}' if step else ''}{resume}"})
@@ -79,32 +84,72 @@ def renumber(workspace: Workspace, exp: str) -> Path:
     what was taken, or by naming each other); the others are named. Raises `UserError`.
     """
     file = located(workspace, exp)
-    file.person()  # what cannot be read cannot be changed
-    facts, old = file.facts(), _own_id(file)
+    facts, old = _at_rest(workspace, file), _own_id(file)
     if old is None:
         what = "has no id to be renumbered from"
         raise UserError(what, where=workspace.shown(file.path), remedy="`experiment_id: EXP-…` above the line")
-    if facts and liveness(facts).startswith("running"):
-        raise UserError("is running", where=workspace.shown(file.path), remedy="renumbering it when it has ended")
     twins = [other for other in _all(workspace) if other.path != file.path and _own_id(other) == old]
-    above = split(file.path.read_bytes()).above
-    path = ids.allocate(
-        workspace, lambda experiment_id, date: _OWN_LINE.sub(rb"\g<1>" + experiment_id.encode(), above), date=old[4:14]
-    )
-    new = RecordFile(path)
-    _move_folders(workspace, file.id, path.stem)
-    if facts:
-        renamed = _renamed(facts, old, path.stem)
-        last = renamed.history[-1] if renamed.history else None
-        if last:
-            last.note = "; ".join(filter(None, [last.note, f"renumbered from {old}"]))
-        new.write(renamed)
-    file.path.unlink()
+    new = RecordFile(ids.allocate(workspace, lambda *_, **__: split(file.path.read_bytes()).above, date=old[4:14]))
+    try:
+        facts = _take_over(workspace, file, new, old)
+    except BaseException as error:
+        if file.path.exists():
+            new.path.unlink(missing_ok=True)
+            shutil.rmtree(new.folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            what = f"could not be renumbered ({error.strerror}) and stands as it was"
+            raise UserError(what, where=workspace.shown(file.path)) from error
+        raise
     for other in _all(workspace):
         if other.path != new.path:
-            _refer(workspace, other, old, path.stem, facts, twins)
-    say(f"{workspace.shown(file.path)} is now {path.stem}")
-    return path
+            _refer(workspace, other, old, new.id, facts, twins)
+    try:
+        _move_folders(workspace, file.id, new.id)
+    except OSError as error:
+        what = f"is {workspace.shown(file.path)} renumbered, whose folders could not all be moved ({error})"
+        remedy = f"moving experiments/{file.id} and checkpoints/{file.id} to {new.id} by hand"
+        raise UserError(what, where=workspace.shown(new.path), remedy=remedy) from error
+    say(f"{workspace.shown(file.path)} is now {new.id}")
+    return new.path
+
+
+def _at_rest(workspace: Workspace, file: RecordFile) -> Facts | None:
+    file.person()  # what cannot be read cannot be changed
+    facts = file.facts()
+    if facts and liveness(facts).startswith("running"):
+        raise UserError("is running", where=workspace.shown(file.path), remedy="renumbering it when it has ended")
+    return facts
+
+
+def _take_over(workspace: Workspace, file: RecordFile, new: RecordFile, old: str) -> Facts | None:
+    """Makes `new` all that `file` is, and removes `file`; once more when it was saved meanwhile. Returns its facts."""
+    while True:
+        content = file.path.read_bytes()
+        facts = _at_rest(workspace, file)
+        new.rewrite_above(lambda _: _OWN_LINE.sub(rf"\g<1>{new.id}", file.above()))
+        if facts:
+            renamed = _renamed(facts, old, new.id)
+            last = renamed.history[-1] if renamed.history else None
+            if last:
+                last.note = "; ".join(filter(None, [last.note, f"renumbered from {old}"]))
+            new.write(renamed)
+        if _removed(file.path, content):
+            return facts
+
+
+def _removed(path: Path, content: bytes) -> bool:
+    """False, and the file as it is, when it no longer holds `content`: an editor has saved."""
+    aside = path.with_name(f".{path.name}.renumbered")
+    path.rename(aside)  # from here on, who saves makes a file of its own
+    same = False
+    try:
+        same = aside.read_bytes() == content
+    finally:
+        if not same:
+            with suppress(FileExistsError):
+                os.link(aside, path)
+        aside.unlink()
+    return same
 
 
 def _refer(
@@ -135,7 +180,7 @@ def _refer(
             else:
                 other.rewrite_above(_replacer(old, new))
                 say(f"{shown}: names {new} now")
-    except UserError as error:
+    except (UserError, OSError) as error:
         say(f"note: {error}; its references to {old} are left as they are")
 
 
@@ -160,6 +205,8 @@ def _move_folders(workspace: Workspace, old: str, new: str) -> None:
     """`experiments/EXP-…/`, `checkpoints/EXP-…/`, and the links that point into the latter."""
     for folder in (workspace.experiments, workspace.checkpoints):
         if (folder / old).is_dir():
+            for file in (folder / new).glob("*"):  # what was written there already
+                file.replace(folder / old / file.name)
             (folder / old).rename(folder / new)
     if not workspace.checkpoints.is_dir():
         return
@@ -171,9 +218,17 @@ def _move_folders(workspace: Workspace, old: str, new: str) -> None:
 
 
 def _renamed(facts: Facts, old: str, new: str) -> Facts:
-    """With the new id for the old one wherever it stands, but for the history, which tells what was."""
+    """With the new id for the old one wherever it stands, but for the history and the command, which tell what was."""
     renamed = Facts.model_validate(_deep(facts.model_dump(mode="json"), _replacer(old, new)))
+    _keep_commands(facts.code, renamed.code)
     return renamed.model_copy(update={"history": facts.history})
+
+
+def _keep_commands(code: Any, renamed: Any) -> None:
+    """What was typed stays, also what was typed before a resume; the path of the patch goes with its folder."""
+    if isinstance(code, dict):
+        renamed |= {key: code[key] for key in ("command", "cwd") if key in code}
+        _keep_commands(code.get("before_resume"), renamed.get("before_resume"))
 
 
 def _replacer(old: str, new: str) -> Callable[[str], str]:

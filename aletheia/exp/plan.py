@@ -13,15 +13,14 @@ from typing import Any
 
 import yaml
 
-from aletheia.exp.run import TAKES
 from pipeline import yamlio
 from pipeline.errors import UserError
-from pipeline.profile import as_assignments, load_profile
+from pipeline.profile import Profile, as_assignments, load_profile
 from pipeline.progress import say
 from pipeline.records import criteria, find, ids
 from pipeline.records.file import RecordFile
 from pipeline.records.lifecycle import upper_half
-from pipeline.records.person import STAGES, parse
+from pipeline.records.person import STAGES, parse, problems
 from pipeline.records.schema import Criterion
 from pipeline.stage import Job, flat, persons_half
 from pipeline.workspace import Workspace
@@ -61,6 +60,9 @@ def plan(
     return path
 
 
+TAKES = {"dpo": ["sft"], "merge": ["dpo", "sft"], "serve": ["merge", "dpo", "sft"], "eval": ["merge", "dpo", "sft"]}
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a person's half asks the pipeline to do."""
@@ -71,7 +73,7 @@ class Plan:
     source: str | None
 
 
-def read_plan(workspace: Workspace, file: RecordFile, begun: bool) -> Plan:
+def read_plan(workspace: Workspace, file: RecordFile, begun: bool, quietly: bool = False) -> Plan:
     """What was `begun` has its criteria frozen and its input taken. Raises `UserError` with the place of the mistake."""
     shown, text = workspace.shown(file.path), file.above()
     person, document = parse(text, shown), yamlio.load(text)
@@ -84,6 +86,7 @@ def read_plan(workspace: Workspace, file: RecordFile, begun: bool) -> Plan:
     if not person.profile:
         raise UserError("names no profile", where=place("profile"), remedy="`profile: tiny`")
     if not begun:
+        refuse_near_misses(text, shown, quietly)
         wanted = criteria.read(document.value.get("success_criteria"), shown, document.lines)
         check_figures(wanted, stages, place("success_criteria"))
         if person.from_:
@@ -93,6 +96,31 @@ def read_plan(workspace: Workspace, file: RecordFile, begun: bool) -> Plan:
         if isinstance(value, bytes | dt.date):
             raise UserError(f"{key} is a {type(value).__name__}", where=place("overrides"), remedy="quotes around it")
     return Plan(list(stages), person.profile, overrides, person.from_)
+
+
+def planned_profile(workspace: Workspace, plan: Plan, shown: str) -> Profile:
+    """Raises `UserError` for a profile or an override that is not there."""
+    try:
+        return load_profile(workspace, plan.profile, as_assignments(plan.overrides))
+    except UserError as error:
+        what = str(error).replace("--set: ", "overrides: ").replace("--profile ", "profile: ")
+        raise UserError(what, where=shown) from None
+
+
+def refuse_near_misses(text: str, shown: str, quietly: bool) -> None:
+    """`overides:` would run another experiment than the one meant; what is doubtful beside that is only told."""
+    for problem in problems(text):
+        what = f"{problem.key}: {problem.what}"
+        where = f"{shown}:{problem.line}:{problem.column}"
+        if problem.severity == "warning" and problem.remedy.strip("`") in (
+            "overrides",
+            "success_criteria",
+            "stages",
+            "from",
+        ):
+            raise UserError(what, where=where, remedy=problem.remedy)
+        if problem.severity == "warning" and not quietly:
+            say(f"note: {where}: {what}; try {problem.remedy}")
 
 
 def check_stages(stages: Sequence[str], where: str) -> None:
@@ -117,6 +145,12 @@ def check_figures(wanted: Sequence[Criterion], stages: Sequence[str], where: str
         path = criteria.parse(criterion.criterion, where).path
         stage, _, rest = path.partition(".")
         if len(stages) > 1 and stage not in stages:
+            if stage in STAGES:
+                raise UserError(
+                    f"`{criterion.criterion}` is of {stage}, which is not planned",
+                    where=where,
+                    remedy=f"{stage} among the stages",
+                )
             remedy = f"`{'eval' if 'eval' in stages else stages[-1]}.{criterion.criterion.strip()}`"
             raise UserError(f"`{criterion.criterion}` names none of the stages", where=where, remedy=remedy)
         if len(stages) == 1 and stage in STAGES and rest:

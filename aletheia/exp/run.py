@@ -10,6 +10,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from aletheia.exp.plan import TAKES, planned_profile, read_plan
+from aletheia.exp.verify import Rows, recorded_rows
 from pipeline.errors import UserError
 from pipeline.profile import as_assignments, load_profile
 from pipeline.progress import say
@@ -20,14 +22,9 @@ from pipeline.records.schema import Facts
 from pipeline.stage import Job, flat, persons_half, run_stage, upto
 from pipeline.workspace import Workspace
 
-TAKES = {"dpo": ["sft"], "merge": ["dpo", "sft"], "serve": ["merge", "dpo", "sft"], "eval": ["merge", "dpo", "sft"]}
-_ANY_COST = {"cost": None}  # what an hour costs changes nothing in what was done
-
 
 def run(workspace: Workspace, exp: str) -> Record:
     """Raises `UserError` for a record that is complete or running, or whose plan has a mistake."""
-    from aletheia.exp.plan import read_plan
-
     file = find.named(workspace, exp)
     facts, shown = file.facts(), workspace.shown(file.path)
     check_may_run(workspace, file, facts)
@@ -35,11 +32,7 @@ def run(workspace: Workspace, exp: str) -> Record:
     if facts is not None and facts.stage != (plan.stages[0] if len(plan.stages) == 1 else "pipeline"):
         what = f"was begun as {facts.stage}, and its stages are now {', '.join(plan.stages)}"
         raise UserError(what, where=shown, remedy=f"aletheia exp plan {' '.join(plan.stages)}")
-    try:
-        profile = load_profile(workspace, plan.profile, as_assignments(plan.overrides))
-    except UserError as error:
-        what = str(error).replace("--set: ", "overrides: ").replace("--profile ", "profile: ")
-        raise UserError(what, where=shown) from None
+    profile = planned_profile(workspace, plan, shown)
     job = Job(workspace, profile, source=plan.source, record=file, resume=facts is not None)
     if len(plan.stages) == 1:
         return run_stage(stage_class(plan.stages[0]), job)
@@ -100,6 +93,7 @@ class Pipeline:
         self.record = record
         self.job = replace(job, record=None, resume=False, parent=record.id)
         self.made: dict[str, str] = {}  # stage → record id
+        self.used: list[str] = []  # the records that this attempt stands on; superseded ones still name their parent
 
     def run(self, stage: str, overrides: Sequence[str] = (), control: bool = False) -> RecordFile:
         """One stage; a `control` is no other stage's input. Returns its record, kept or new."""
@@ -110,7 +104,9 @@ class Pipeline:
             file = file or self._run(stage, job)
         finally:
             with suppress(UserError):
-                self.record.facts.lineage.children = [f.id for f, _ in find.children(job.workspace, self.record.id)]
+                latest = [file] if file else [f for f, _ in self._earlier(stage, job)[:1]]  # the one that failed
+                self.used += [f.id for f in latest]
+                self.record.facts.lineage.children = list(self.used)
                 self.record.save()
         facts = file.facts()
         if facts and not control:
@@ -136,25 +132,38 @@ class Pipeline:
         for file, facts in self._earlier(stage, job):
             if facts.status != "complete":
                 continue
-            if all(job.workspace.path(artifact.path).is_file() for artifact in facts.artifacts) or self._taken(file):
+            changed = _changed_rows(job, facts)
+            if changed:
+                say(f"{stage}: {file.id} is complete, but the rows of {changed} have changed since; run anew")
+            elif not self._whole(facts) and not self._taken(file):
+                say(f"{stage}: {file.id} is complete, but its output is gone or was changed; run anew")
+            else:
                 say(f"{stage}: {file.id} is complete and kept")
                 return file
-            say(f"{stage}: {file.id} is complete, but its output is gone; run anew")
         return None
 
+    def _whole(self, facts: Facts) -> bool:
+        paths = [(self.job.workspace.path(artifact.path), artifact.sha256) for artifact in facts.artifacts]
+        return all(path.is_file() and find.sha256(path) == digest for path, digest in paths)
+
     def _taken(self, file: RecordFile) -> bool:
-        """Whether a later stage that is complete has taken its output, which then need not be there any more."""
-        children = find.children(self.job.workspace, self.record.id)
-        return any(f.status == "complete" and file.id in [taken.id for taken in f.lineage.inputs] for _, f in children)
+        """Whether a later stage that still counts has taken its output, which then need not be there any more."""
+        now = _configuration(self.job)
+        return any(
+            later.status == "complete"
+            and file.id in [taken.id for taken in later.lineage.inputs]
+            and upto(later.stage, later.configuration) == upto(later.stage, now)
+            for _, later in find.children(self.job.workspace, self.record.id)
+        )
 
     def _earlier(self, stage: str, job: Job) -> list[tuple[RecordFile, Facts]]:
         """This experiment's records of the stage, newest first, that did what the plan says now."""
-        wanted = upto(stage, _configuration(job)) | _ANY_COST
+        wanted = upto(stage, _configuration(job))
         return [
             (file, facts)
             for file, facts in reversed(find.children(job.workspace, self.record.id))
             if facts.stage == stage
-            and upto(stage, facts.configuration) | _ANY_COST == wanted
+            and upto(stage, facts.configuration) == wanted
             and (job.source is None or job.source in [taken.id for taken in facts.lineage.inputs])
         ]
 
@@ -180,6 +189,15 @@ def _take_changes(job: Job, record: Record) -> None:
     if changed:
         record.facts.history[-1].note = f"resumed; the plan had been changed: {', '.join(changed)}"
         say(record.facts.history[-1].note)
+
+
+def _changed_rows(job: Job, facts: Facts) -> str | None:
+    """The first part of its rows that is not what it was; None where all are."""
+    rows = Rows(job.workspace)
+    for part, recorded in recorded_rows(facts).items():
+        if rows.describe(job.config.training_data, part)["sha256"] != recorded["sha256"]:
+            return part
+    return None
 
 
 def _configuration(job: Job) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Check:
 
 
 def verify(workspace: Workspace, exp: str, as_json: bool) -> bool:
-    """Prints every check; False when one failed. Raises `UserError` for a plan, which has nothing to check."""
+    """Prints every check; False when one failed or nothing could be judged. Raises `UserError` for a plan, which has nothing to check."""
     file = find.named(workspace, exp)
     reading = file.read()
     if reading.facts is None and reading.damage is None:
@@ -74,9 +74,9 @@ def verify(workspace: Workspace, exp: str, as_json: bool) -> bool:
             "is a plan: nothing has run", where=workspace.shown(file.path), remedy=f"make run EXP={file.id}"
         )
     checks = Chain(workspace, file.id).checks()
-    true = not failures(checks)
+    counts = Counter(check.finding for check in checks)
+    true = bool(counts["ok"]) and not counts["FAILED"]
     if as_json:
-        counts = Counter(check.finding for check in checks)
         print_json({"id": file.id, "true": true, "counts": counts, "checks": [asdict(check) for check in checks]})
     else:
         print_checks(checks)
@@ -106,8 +106,10 @@ def _closing(experiment_id: str, checks: Sequence[Check]) -> str:
     if failed:
         first = f"{failed[0].record} {failed[0].what}: {failed[0].why}"
         sentence = f"is NOT what its records say: {len(failed)} of {judged} checks failed, the first: {first}"
-    else:
+    elif judged:
         sentence = f"is what its records say: {judged} of {judged} checks"
+    else:
+        sentence = "cannot be judged: no check could be made"
     return f"{experiment_id} {sentence}{f'; {rest}' if rest else ''}"
 
 
@@ -411,8 +413,8 @@ def lower_half(file: RecordFile, reading: Reading) -> Found:
         return "record", "warning", "the program's half waits beside the file; aletheia exp sync completes it"
     if _elsewhere(file).edited:
         return "record", "FAILED", "was edited below the line, and the copy beside it with it: the seal is broken"
-    if b"\nseal: " not in file.path.read_bytes():
-        return "record", "not checked", "it has no seal: older than the seals, or taken out"
+    if not reading.sealed:
+        return "record", "FAILED", "carries no seal: the program's half is not as it was written"
     return "record", "ok", "as the program wrote it"
 
 

@@ -102,9 +102,14 @@ def changes(frozen: Sequence[Criterion], now: Sequence[Criterion]) -> list[str]:
 
 
 def judge(verdict: Verdict, results: dict[str, Any]) -> Verdict:
-    """The verdict on the frozen criteria; refuted before not evaluable, before inconclusive, before supported."""
+    """The verdict on the frozen criteria: the worst finding of the primary ones.
+
+    A guardrail can only take away: refuted or not evaluable it decides, inconclusive it is shown and does not.
+    """
     judged = [_judge(criterion, results) for criterion in verdict.criteria]
-    findings = {one.finding for one in judged}
+    primary = [one for one in judged if one.role == "primary"]
+    guards = [one for one in judged if one.role == "guardrail" and (not primary or one.finding != "inconclusive")]
+    findings = {one.finding for one in [*primary, *guards]}
     order: tuple[Finding, ...] = ("refuted", "not evaluable", "inconclusive", "supported")
     overall = next((finding for finding in order if finding in findings), None)
     return verdict.model_copy(update={"judged": judged, "finding": overall})

@@ -68,6 +68,7 @@ class Reading:
     damage: UserError | None = None  # in the program's half
     edited: str | None = None  # how the file's lower half differs from what the program wrote
     pending: bool = False  # the program's half waits beside the file
+    sealed: bool = False  # the file's lower half carries a seal, whether or not it fits
 
 
 NOTHING = Written()
@@ -98,7 +99,7 @@ class RecordFile:
         edited, said = _edited(self.id, halves, written), str(person.get("experiment_id"))
         if written.newest is None and halves.below is not None and _sealed(said, halves.below):
             edited = None  # the file was renamed, and that is all
-        return Reading(person, facts, mistake, damage, edited, _pending(halves, written))
+        return Reading(person, facts, mistake, damage, edited, _pending(halves, written), _seal_of(halves.below) is not None)
 
     def above(self) -> str:
         """The person's half as text. Raises `UserError` with the place where it is no text."""
@@ -302,13 +303,17 @@ def _edited(record_id: str, halves: Halves, written: Written) -> str | None:
         return None  # an earlier version, which an editor opened then and saved now
     if written.newest is not None:
         return "was edited below the line" if halves.below.strip() else "all below the line was deleted"
-    sealed = _SEAL.search(halves.below.replace(b"\r\n", b"\n"))  # older records are not
+    sealed = _seal_of(halves.below) is not None  # whoever takes the seal out is found by verify and lint
     return "was edited below the line, and no copy is at hand to put it back" if sealed else None
+
+
+def _seal_of(below: bytes | None) -> re.Match[bytes] | None:
+    return None if below is None else _SEAL.search(below.replace(b"\r\n", b"\n"))
 
 
 def _sealed(record_id: str, below: bytes) -> bool:
     below = below.replace(b"\r\n", b"\n")
-    seal = _SEAL.search(below)
+    seal = _seal_of(below)
     return seal is not None and _seal(record_id, below[: seal.start()]) == seal[1].decode()
 
 

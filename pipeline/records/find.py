@@ -58,7 +58,7 @@ def source(workspace: Workspace, profile: str, stages: list[str], wanted: str | 
     A control (its answers were shuffled), or what was built on one, is never taken unless named.
     """
     if wanted:
-        file = RecordFile(workspace.experiments / f"{wanted}.yaml")
+        file = named(workspace, wanted)
         facts = file.facts()
         if facts is None or facts.stage not in stages:
             raise UserError(f"is no {' or '.join(stages)} record", where=workspace.shown(file.path))
@@ -67,7 +67,7 @@ def source(workspace: Workspace, profile: str, stages: list[str], wanted: str | 
         return file, facts
     for stage in stages:
         for file, facts in records(workspace, partial(_usable, profile=profile, stages=[stage])):
-            if not _is_control(workspace, facts):
+            if not _is_control(workspace, file, facts):
                 return file, facts
     what = " or ".join(stages)
     raise UserError(
@@ -77,8 +77,8 @@ def source(workspace: Workspace, profile: str, stages: list[str], wanted: str | 
 
 def latest_first(workspace: Workspace, profile: str, stages: list[str]) -> list[str]:
     """`stages`, the one with the newest complete record first: an SFT made after a DPO is what its maker now means."""
-    for _, facts in records(workspace, partial(_usable, profile=profile, stages=stages)):
-        if not _is_control(workspace, facts):
+    for file, facts in records(workspace, partial(_usable, profile=profile, stages=stages)):
+        if not _is_control(workspace, file, facts):
             return [facts.stage, *(stage for stage in stages if stage != facts.stage)]
     return stages
 
@@ -101,17 +101,23 @@ def children(workspace: Workspace, parent: str) -> list[tuple[RecordFile, Facts]
     return list(records(workspace, lambda facts: facts.lineage.parent == parent))[::-1]
 
 
+def lineage(workspace: Workspace, file: RecordFile, facts: Facts) -> Iterator[tuple[RecordFile, Facts]]:
+    """The record and all that it builds on, each once, the nearest first. Raises `UserError` where one is gone."""
+    seen, waiting = {file.id}, [(file, facts)]
+    while waiting:
+        file, facts = waiting.pop(0)
+        yield file, facts
+        for taken in facts.lineage.inputs:
+            if taken.id not in seen:
+                seen.add(taken.id)
+                parent = named(workspace, taken.id)
+                known = parent.facts()
+                waiting += [(parent, known)] if known else []
+
+
 def ancestor(workspace: Workspace, file: RecordFile, facts: Facts, stage: str) -> tuple[RecordFile, Facts] | None:
     """The record of `stage` that this one builds on, itself included; None when there is none in its lineage."""
-    if facts.stage == stage:
-        return file, facts
-    for taken in facts.lineage.inputs:
-        parent = RecordFile(workspace.experiments / f"{taken.id}.yaml")
-        parents_facts = parent.facts()
-        found = ancestor(workspace, parent, parents_facts, stage) if parents_facts else None
-        if found:
-            return found
-    return None
+    return next((found for found in lineage(workspace, file, facts) if found[1].stage == stage), None)
 
 
 def checked_output(workspace: Workspace, file: RecordFile, facts: Facts, folder: str) -> tuple[Path, Input]:
@@ -171,13 +177,8 @@ def _usable(facts: Facts, profile: str, stages: list[str]) -> bool:
     return facts.profile == profile and facts.status == "complete" and facts.stage in stages
 
 
-def _is_control(workspace: Workspace, facts: Facts) -> bool:
+def _is_control(workspace: Workspace, file: RecordFile, facts: Facts) -> bool:
     """Whether it was trained on shuffled answers, or builds on a record that was."""
-    if index.shuffled(facts):
-        return True
-    for taken in facts.lineage.inputs:
-        with suppress(UserError):  # a record that is gone tells nothing
-            parent = RecordFile(workspace.experiments / f"{taken.id}.yaml").facts()
-            if parent is not None and _is_control(workspace, parent):
-                return True
+    with suppress(UserError):  # a record that is gone tells nothing
+        return any(index.shuffled(known) for _, known in lineage(workspace, file, facts))
     return False

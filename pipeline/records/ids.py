@@ -35,7 +35,11 @@ def allocate(workspace: Workspace, render: Render, date: str | None = None) -> P
                 out.write(render(experiment_id, date))
             os.chmod(complete, 0o644)
             os.link(complete, target)
-            _remember(workspace, experiment_id)
+            try:
+                _remember(workspace, experiment_id)
+            except OSError:  # a full disk: nobody would know of the file
+                target.unlink()
+                raise
             return target
         except FileExistsError:
             number += 1

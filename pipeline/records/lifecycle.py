@@ -201,8 +201,9 @@ def _closing(record: Record) -> Iterator[None]:
             record.change_status(
                 "cancelled" if stopped else "failed", (str(error) or "interrupted") if stopped else None
             )
-        except OSError as second:  # a full disk: what went wrong first is still what is told
-            say(f"note: {record.file.path} could not be closed ({second.strerror}) and will read as dead")
+        except Exception as second:  # a full disk: what went wrong first is still what is told
+            why = getattr(second, "strerror", None) or f"{type(second).__name__}: {second}"
+            say(f"note: {record.file.path} could not be closed ({why}) and will read as dead")
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted("interrupted") from None
         raise
@@ -215,15 +216,23 @@ def check_may_run(workspace: Workspace, file: RecordFile, facts: Facts | None) -
         raise UserError(f"is {state}: a record is run once", where=workspace.shown(file.path), remedy=remedy)
 
 
-def close_dead(file: RecordFile, facts: Facts) -> None:
-    """Closes a run whose process is gone as failed, with the last step that its log knows; its results stay."""
-    last = facts.history[-1]
-    step = _last_step(file.folder / "log.jsonl")
-    what = f"its process ({last.pid} on {last.host}) was gone: killed, or the machine went down"
-    facts.failure = Failure(kind="ProcessGone", message=what, step=step)
-    facts.status = "failed"
-    facts.history.append(_status_change("failed", "closed by exp repair"))
-    file.write(facts)
+def close_dead(file: RecordFile, workspace: Workspace) -> Facts:
+    """Closes a run whose process is gone as failed, with the last step that its log knows; its results stay.
+
+    Raises `UserError` for one that is not dead, or is being taken up again.
+    """
+    with _held(file, workspace):
+        facts = file.facts()
+        if facts is None or (state := liveness(facts)) != "dead":
+            raise UserError(f"is {state if facts else 'planned'}", where=workspace.shown(file.path))
+        last = facts.history[-1]
+        step = _last_step(file.folder / "log.jsonl")
+        what = f"its process ({last.pid} on {last.host}) was gone: killed, or the machine went down"
+        facts.failure = Failure(kind="ProcessGone", message=what, step=step)
+        facts.status = "failed"
+        facts.history.append(_status_change("failed", "closed by exp repair"))
+        file.write(facts)
+        return facts
 
 
 def liveness(facts: Facts) -> str:
@@ -289,7 +298,8 @@ def _status_change(status: Status, note: str | None) -> StatusChange:
 
 
 def _failure(error: BaseException, folder: Path) -> Failure:
-    (folder / "traceback.txt").write_text(capture.redact("".join(traceback.format_exception(error))), "utf-8")
+    told = capture.redact("".join(traceback.format_exception(error)))
+    (folder / "traceback.txt").write_text(told, "utf-8", "backslashreplace")  # a file's name may be no text
     message = str(error) if isinstance(error, AletheiaError) else f"{type(error).__name__}: {error}"
     failure = Failure(
         kind=type(error).__name__, message=capture.redact(message), traceback=f"{folder.name}/traceback.txt"

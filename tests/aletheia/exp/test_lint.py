@@ -19,6 +19,8 @@ WriteRecord = Callable[..., RecordFile]
 
 
 def test_clean_records_give_nothing(aletheia: Run, place: Workspace, write_record: WriteRecord) -> None:
+    (place.root / "configs").mkdir(exist_ok=True)
+    (place.root / "configs" / "small.yaml").write_text("name: small\nbase_model: tiny\n")
     verdict = {"frozen_at": "then", "criteria": [{"criterion": "a < 1"}]}
     write_record(place, ONE, {"verdict": verdict, "lineage": {"parent": TWO}}, GOOD)
     write_record(place, TWO, {"stage": "pipeline", "lineage": {"children": [ONE]}}, f"# mine\nrelated: [{ONE}]\n")

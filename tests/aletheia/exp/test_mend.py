@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 from aletheia.exp.mend import renumber
 from pipeline.errors import UserError
 from pipeline.records import find
-from pipeline.records.file import LINE, RecordFile
+from pipeline.records.file import LINE, RecordFile, split
 from pipeline.records.schema import Artifact, Facts
 from pipeline.workspace import Workspace
 
@@ -374,8 +375,74 @@ def test_a_renumbering_that_is_cut_short_loses_no_record(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(RecordFile, "write", full)
-    with pytest.raises(OSError, match="No space left"):
+    before = {path: path.read_bytes() for path in place.experiments.rglob("EXP-*") if path.is_file()}
+    with pytest.raises(UserError, match=rf"{ONE}\.yaml: could not be renumbered \(No space left.*stands as it was"):
         renumber(place, ONE)
+    assert {path: path.read_bytes() for path in place.experiments.rglob("EXP-*") if path.is_file()} == before
     monkeypatch.setattr(RecordFile, "write", written)
     assert facts_of(file).results == {"loss": 2.5}
     assert os.listdir(place.experiments).count(f"{ONE}.yaml") == 1
+
+
+def test_a_note_that_is_saved_during_a_renumbering_goes_along(
+    place: Workspace, write_record: WriteRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_record(place, ONE, {"results": {"loss": 2.5}}, f"\ufeffexperiment_id: {ONE}\r\n")
+    write = RecordFile.write
+
+    def meanwhile(self: RecordFile, facts: Facts) -> None:
+        write(self, facts)
+        if file.path.exists() and b"note" not in file.path.read_bytes():
+            file.path.write_bytes(file.path.read_bytes().replace(b"\r\n", b"\r\nnote: saved\r\n", 1))
+
+    monkeypatch.setattr(RecordFile, "write", meanwhile)
+    new = RecordFile(renumber(place, ONE))
+    above = split(new.path.read_bytes()).above
+    assert above == f"\ufeffexperiment_id: {TWO}\r\nnote: saved\r\n".encode()
+    assert facts_of(new).results == {"loss": 2.5}
+    assert sorted(os.listdir(place.experiments)) == [".allocated", TWO, f"{TWO}.yaml"]
+    assert not list(place.experiments.rglob("edited-below-*"))
+
+
+def test_folders_that_cannot_be_moved_are_named_with_where_they_stand(
+    place: Workspace, write_record: WriteRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_record(place, ONE, {"results": {"loss": 2.5}}, log=[{"step": 1}])
+    child = write_record(place, THREE, {"lineage": {"parent": ONE}})
+    rename = Path.rename
+
+    def refused(self: Path, target: Path) -> Path:
+        if self.is_dir():
+            raise PermissionError(13, "Permission denied", str(self))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    told = rf"{FOUR}\.yaml: is experiments/{ONE}\.yaml renumbered.*moving experiments/{ONE} and .* to {FOUR} by hand"
+    with pytest.raises(UserError, match=told):
+        renumber(place, ONE)
+    assert facts_of(RecordFile(place.experiments / f"{FOUR}.yaml")).results == {"loss": 2.5}
+    assert facts_of(child).lineage.parent == FOUR
+    assert (place.experiments / ONE / "log.jsonl").exists()
+
+
+def test_what_was_typed_is_not_renumbered(place: Workspace, write_record: WriteRecord) -> None:
+    typed = {"command": f"aletheia sft --resume {ONE}", "patch": {"path": f"{ONE}/code.patch"}}
+    write_record(place, ONE, {"code": typed | {"before_resume": typed}})
+    code = facts_of(RecordFile(renumber(place, ONE))).code
+    moved = typed | {"patch": {"path": f"{TWO}/code.patch"}}
+    assert code == moved | {"before_resume": moved}
+
+
+def test_repair_leaves_a_run_that_is_being_taken_up_again(
+    aletheia: Run, place: Workspace, write_record: WriteRecord
+) -> None:
+    """Which reads as dead until it has written that it runs."""
+    file = write_record(place, ONE, running())
+    before = file.path.read_bytes()
+    handle = os.open(file.folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    said = aletheia(place, "exp", "repair")
+    os.close(handle)
+    assert "left as it is: is running" in said.out
+    assert file.path.read_bytes() == before
+    assert "closed as failed" in aletheia(place, "exp", "repair").out

@@ -11,6 +11,7 @@ import pytest
 
 from aletheia.exp.plan import plan
 from aletheia.exp.run import TAKES, run
+from aletheia.exp.verify import Rows
 from pipeline.errors import Interrupted, StageFailed, UserError
 from pipeline.records import find
 from pipeline.records.file import LINE, RecordFile
@@ -88,6 +89,7 @@ def world(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> World:
 
             def run(self, record: Record) -> None:
                 world.ran.append(f"{stage}, going on" if self.job.resume else stage)
+                self.describe_rows(record)
                 (record.output / "out").mkdir(exist_ok=True)
                 (record.output / "out" / "weights").write_text(f"{record.id}\n")
                 record.facts.results = {"loss": {"value": world.figure, "ci_low": 0.5, "ci_high": 1.5, "n": 10}}
@@ -96,6 +98,12 @@ def world(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> World:
                 if stage in world.breaks:
                     raise world.breaks[stage]
                 record.facts.artifacts = find.artifacts(self.job.workspace, record.output)
+
+            def describe_rows(self, record: Record) -> None:
+                if stage in ("sft", "dpo"):
+                    paths, rows = self.job.config.training_data, Rows(self.job.workspace)
+                    parts = ("train", "held_out")
+                    record.facts.data = {part: rows.describe(paths, f"{stage}.{part}") for part in parts}
 
         return Instant
 
@@ -310,7 +318,8 @@ def test_after_a_change_of_the_plan_what_depends_on_it_runs_anew_and_the_rest_is
     section, _, name = key.partition(".")
     now = facts.configuration[section]
     assert (now[name] if name else now) == json.loads(value)
-    assert len(facts.lineage.children) == len(world.children(file))  # with those that are superseded
+    known = {name: status for name, _, status in world.children(file)}
+    assert [known[name] for name in facts.lineage.children] == ["complete"] * 3  # without those that are superseded
 
 
 def test_what_was_run_anew_is_kept_in_turn(world: World) -> None:
@@ -462,3 +471,33 @@ def test_real_stages_go_on_where_broken_rows_stopped_them(small_talk: Workspace,
     assert [change.status for change in facts_of(file).history] == ["running", "failed", "running", "complete"]
     assert "verdict: supported" in said.err
     assert file.path.read_bytes().startswith(above + LINE.encode())
+
+
+def test_rows_that_changed_between_two_attempts_are_trained_on_anew(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = world.plan("sft dpo merge")
+    world.breaks["merge"] = StageFailed("no room")
+    assert world.fails(file) == ["sft", "dpo", "merge"]
+    rows = next((world.workspace.root / "data" / "sft").glob("*.jsonl"))
+    rows.write_text("".join(rows.read_text("utf-8").splitlines(keepends=True)[1:]), "utf-8")
+    assert world.run(file) == ["sft", "dpo", "merge"]
+    assert "is complete, but the rows of sft." in capsys.readouterr().err
+
+
+def test_prices_and_ports_change_nothing_that_was_done(world: World) -> None:
+    file = world.plan("sft dpo")
+    world.breaks["dpo"] = StageFailed("no room")
+    assert world.fails(file) == ["sft", "dpo"]
+    text = file.path.read_text()
+    file.path.write_text(text.replace("overrides: {}", "overrides: {cost.kwh: 0.7, serve_config.port: 9000}", 1))
+    assert world.run(file) == ["dpo, going on"]
+
+
+def test_an_output_that_was_tampered_with_is_made_anew(world: World) -> None:
+    file = world.plan("sft dpo")
+    world.breaks["dpo"] = StageFailed("no room")
+    assert world.fails(file) == ["sft", "dpo"]
+    (sft,) = [name for name, stage, _ in world.children(file) if stage == "sft"]
+    (world.workspace.checkpoints / sft / "out" / "weights").write_text("another model")
+    assert world.run(file) == ["sft", "dpo"]

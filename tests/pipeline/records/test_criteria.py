@@ -229,7 +229,7 @@ def test_n_needed_holds_for_rows_that_are_drawn() -> None:
         {"value": 5.5 + 1e-9, "ci_low": 4.0, "ci_high": 6.0, "n": 10},  # would need more rows than there are
         {"value": 5.0, "ci_low": 4.0, "ci_high": 6.0, "n": 10**300},
         {"value": 5.0, "ci_low": 4.0, "ci_high": 6.0, "n": -3},
-        {"value": 5.5 + 1e-15, "ci_low": -1e308, "ci_high": 1e308, "n": 10},
+        {"value": 5.5 + 1e-15, "ci_low": -1e190, "ci_high": 1e190, "n": 10},
     ],
 )
 def test_where_no_n_would_decide_it_none_is_named(figure: dict[str, Any]) -> None:
@@ -345,3 +345,23 @@ def test_what_changed_after_the_start_is_told_however_small() -> None:
         "taken out: a < 1",
         "added: a < 1 (guardrail, min_n 5)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("guardrail", "finding"),
+    [("latency < 9", "supported"), ("latency < 1", "refuted"), ("gone < 1", "not evaluable"), ("noise < 0.5", "supported")],
+)
+def test_a_guardrail_can_only_take_away_and_decides_nothing_where_it_is_inconclusive(
+    guardrail: str, finding: str
+) -> None:
+    wanted = [Criterion(criterion="x < 9"), Criterion(criterion=guardrail, role="guardrail")]
+    results = {"x": 1, "latency": 5, "noise": {"value": 0.4, "ci_low": 0.2, "ci_high": 0.6, "n": 9}}
+    verdict = criteria.judge(Verdict(frozen_at="then", criteria=wanted), results)
+    assert verdict.finding == finding
+    assert len(verdict.judged) == 2  # shown, whatever it decides
+
+
+def test_an_inconclusive_primary_criterion_is_not_made_up_for_by_a_guardrail() -> None:
+    wanted = [Criterion(criterion="noise < 0.5"), Criterion(criterion="x < 9", role="guardrail")]
+    results = {"x": 1, "noise": {"value": 0.4, "ci_low": 0.2, "ci_high": 0.6, "n": 9}}
+    assert criteria.judge(Verdict(frozen_at="then", criteria=wanted), results).finding == "inconclusive"

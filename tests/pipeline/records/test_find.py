@@ -81,7 +81,7 @@ def test_a_record_whose_source_was_deleted_is_still_taken(place: Workspace, kept
         ("EXP-2026-11-20-001", "experiments/EXP-2026-11-20-001.yaml: is failed, not complete"),
         ("EXP-2026-11-20-002", "experiments/EXP-2026-11-20-002.yaml: is no sft or dpo record"),
         ("EXP-2026-11-20-003", "experiments/EXP-2026-11-20-003.yaml: is no sft or dpo record"),
-        ("EXP-2026-11-20-009", "EXP-2026-11-20-009.yaml: cannot be read: No such file or directory"),
+        ("EXP-2026-11-20-009", "experiments: there is no record `EXP-2026-11-20-009`; try EXP-2026-11-20-003"),
     ],
 )
 def test_a_named_record_that_will_not_do_is_refused(place: Workspace, kept: Keep, wanted: str, why: str) -> None:
@@ -269,3 +269,16 @@ def test_merge_takes_an_sft_made_after_the_last_dpo(place: Workspace, kept: Keep
     kept(5)
     assert taken(place, find.latest_first(place, "small", ["dpo", "sft"])) == "005"
     assert find.latest_first(place, "other", ["dpo", "sft"]) == ["dpo", "sft"]
+
+
+def test_a_lineage_that_goes_in_circles_ends(place: Workspace, kept: Keep) -> None:
+    kept(1, stage="dpo")
+    file = RecordFile(place.experiments / "EXP-2026-11-20-001.yaml")
+    facts = file.facts()
+    assert facts is not None
+    me = Input(id=file.id, stage="dpo", path="x", sha256="y")
+    facts.lineage.inputs = [me, me.model_copy(update={"id": "../../x"}), me.model_copy(update={"id": "a\0b"})]
+    file.write(facts)
+    assert find.source(place, facts.profile, ["dpo"], None)[0].id == file.id
+    with pytest.raises(UserError, match="there is no record"):
+        find.ancestor(place, file, facts, "sft")

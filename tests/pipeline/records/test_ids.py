@@ -132,3 +132,10 @@ def test_the_newest_is_by_date_then_number_not_by_spelling(place: Workspace) -> 
 
 def test_a_place_without_folders_gets_them(tmp_path: Path) -> None:
     assert ids.allocate(Workspace(tmp_path / "new"), render).exists()
+
+
+def test_an_id_that_cannot_be_remembered_leaves_no_file(place: Workspace) -> None:
+    (place.experiments / ids.ALLOCATED).mkdir()
+    with pytest.raises(OSError, match="directory"):
+        ids.allocate(place, render)
+    assert [path.name for path in place.experiments.iterdir()] == [ids.ALLOCATED]

@@ -1,5 +1,6 @@
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -146,8 +147,7 @@ def test_a_killed_run_is_closed_truthfully_with_the_last_step_of_its_log(place: 
     with worker(place) as (process, file):
         process.kill()
         process.wait()
-    facts = read(file)
-    close_dead(file, facts)
+    close_dead(file, place)
     closed = read(file)
     assert (closed.status, closed.results) == ("failed", {"loss": 1.5})
     assert closed.failure is not None
@@ -173,13 +173,43 @@ def test_a_killed_run_is_closed_truthfully_with_the_last_step_of_its_log(place: 
 def test_a_broken_log_hinders_no_closing(
     kept: Callable[..., RecordFile], place: Workspace, log: bytes, step: int | None
 ) -> None:
-    history = [StatusChange(status="running", at="then", host="here", pid=1)]
+    history = [StatusChange(status="running", at="then", host=socket.gethostname(), pid=1)]
     file = kept(1, status="running", history=history)
     (file.folder / "log.jsonl").write_bytes(log)
-    close_dead(file, read(file))
+    close_dead(file, place)
     failure = read(file).failure
     assert failure is not None
     assert failure.step == step
+
+
+def test_what_is_not_dead_is_not_closed(opened: Open, place: Workspace, kept: Callable[..., RecordFile]) -> None:
+    with opened() as record:
+        for file in (record.file, kept(9)):
+            before = file.path.read_bytes()
+            with pytest.raises(UserError, match=r"is (running|complete)\b"):
+                close_dead(file, place)
+            assert file.path.read_bytes() == before
+
+
+def test_a_name_that_is_not_utf8_hides_no_error(opened: Open) -> None:
+    with pytest.raises(StageFailed, match="gone"), opened() as record:
+        record.facts.results["path"] = "\udcfe"
+        raise StageFailed("\udcff.jsonl is gone", rows=["\udcff"])
+    facts = read(record)
+    assert facts.status == "failed"
+    assert facts.failure is not None
+    assert (facts.failure.message, facts.failure.rows) == ("\\udcff.jsonl is gone", ["\\udcff"])
+    assert facts.results == {"path": "\\udcfe"}
+    assert "\\udcff.jsonl is gone" in (record.folder / "traceback.txt").read_text()
+
+
+def test_an_error_while_closing_hides_not_the_first(
+    opened: Open, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(StageFailed, match="the first"), opened():
+        monkeypatch.setattr(capture, "redact", lambda text: str(1 // 0))
+        raise StageFailed("the first")
+    assert "could not be closed (ZeroDivisionError: " in capsys.readouterr().err
 
 
 def test_a_reused_pid_is_not_the_run_and_another_machine_is_not_judged(opened: Open) -> None:
