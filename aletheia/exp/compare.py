@@ -2,8 +2,9 @@
 
     aletheia exp compare EXP-2026-11-21-003 EXP-2026-11-21-004
 
-The first is the reference. A difference has an interval only where both records hold values of the same items; only
-such a one is called better or worse, and only when its interval excludes 0.
+The first is the reference. A difference has an interval only where both records hold values of the same items. It is
+called better or worse only where the items are known to be the same, not by their ids alone, where it is known whether
+the figure should be high or low, and where its interval excludes 0.
 """
 
 import sys

@@ -15,6 +15,14 @@ from pipeline.records.schema import Facts
 
 LOWER_IS_BETTER = ("loss", "perplexity")
 HIGHER_IS_BETTER = ("margin", "preference_accuracy", "win_rate")
+LOWER_METRICS = {  # of benchmarks, in lm-eval's words
+    "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "loss", "brier_score", "mse", "rmse", "mae",
+    "ter", "wer", "cer",
+}  # fmt: skip
+HIGHER_METRICS = {
+    "acc", "acc_norm", "acc_bytes", "acc_mutual_info", "accuracy", "balanced_accuracy", "exact_match", "em", "f1", "mcc",
+    "precision", "recall", "pass@1", "bleu", "chrf", "chrf++", "rouge1", "rouge2", "rougeL", "rougeLsum", "likelihood",
+}  # fmt: skip
 MEASURED_ON = {  # of a training, and of an evaluation
     "eval_loss": ("held_out", "conversations"),
     "margin": ("held_out", "pairs"),
@@ -110,24 +118,36 @@ def difference(path: str, one: Side, other: Side) -> dict[str, Any] | None:
     except OverflowError:  # values that no measurement gives
         return None
     found: dict[str, Any] = change.delta.model_dump(exclude_none=True)
+    known = all(i in one.hashes and i in other.hashes for i in shared)
+    same_set = one.measured_on(path) is not None and one.measured_on(path) == other.measured_on(path)
+    same_items = known or same_set
+    lower = {_lower_is_better(path, side) for side in (one, other)} if same_items else set()
     found |= {
-        "finding": _finding(path, change),
+        "finding": _finding(change, lower.pop() if len(lower) == 1 else None),
         "of": [len(before), len(after)],
         "changed_items": len(named) - len(shared),
     }
-    known = all(i in one.hashes and i in other.hashes for i in shared)
-    same_set = one.measured_on(path) is not None and one.measured_on(path) == other.measured_on(path)
-    return found | ({} if known or same_set else {"matched_by": "id alone"})
+    return found | ({} if same_items else {"matched_by": "id alone"})
 
 
-def _finding(path: str, change: statistics.Change) -> str:
-    """`better` needs a known direction and an interval without 0."""
-    name = path.removesuffix(".delta")
-    lower = name.endswith(LOWER_IS_BETTER)
-    finding = change.verdict(lower_is_better=lower)
-    if finding == "no difference shown" or lower or name.endswith(HIGHER_IS_BETTER) or name.startswith("benchmarks."):
+def _finding(change: statistics.Change, lower_is_better: bool | None) -> str:
+    """`better` needs an interval without 0 and a known direction."""
+    finding = change.verdict(lower_is_better=bool(lower_is_better))
+    if finding == "no difference shown" or lower_is_better is not None:
         return finding
     return "higher" if change.delta.value > 0 else "lower"
+
+
+def _lower_is_better(path: str, side: Side) -> bool | None:
+    """None where the direction is not known; a benchmark's is its metric's."""
+    name = path.removesuffix(".delta").removesuffix(".before")
+    block, _, task = name.partition(".")
+    if block == "benchmarks":
+        benchmarks = side.facts.results.get(block)
+        entry = benchmarks.get(task) if isinstance(benchmarks, dict) else None
+        name = str(entry.get("metric")) if isinstance(entry, dict) else ""
+        return True if name in LOWER_METRICS else False if name in HIGHER_METRICS else None
+    return True if name.endswith(LOWER_IS_BETTER) else False if name.endswith(HIGHER_IS_BETTER) else None
 
 
 def _set(one: Side, other: Side, part: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pipeline.records.schema import Status
 NAMES = {  # our key, or a key inside it, and what others call it
     "foreign_id": "id experiment_id exp_id run_id job_id slurm_id slurm_job_id run_name",
     "title": "name experiment_name experiment_title",
-    "date": "day start_date started run_date",
+    "date": "day start_date started run_date heading_date",
     "experimenter": "author owner researcher engineer assignee",
     "description": "summary overview abstract background",
     "objective": "objectives goal goals aim purpose",
@@ -47,6 +47,7 @@ NAMES = {  # our key, or a key inside it, and what others call it
     "seeds": "seed random_seed random_seeds",
     "splits": "split data_split data_splits train_test_split",
     "splits.dataset": "dataset datasets",
+    "splits.samples": "samples sample_count n_samples num_samples sample_size",
     "preprocessing": "preprocessing_steps data_preprocessing",
     "hyperparameters": "config configuration parameters hyperparams params training_config settings",
     "hyperparameters.learning_rate": "learning_rate lr",
@@ -177,7 +178,7 @@ class Log:
     text: str  # its own part of the file, by which it is known again
     foreign_id: str | None = None
     sources: dict[tuple[str, ...], str] = field(default_factory=dict)
-    outside: dict[str, Any] = field(default_factory=dict)  # what stands in the file around the experiments
+    outside: dict[str, Any] = field(default_factory=dict)  # by name, what belongs to none of its keys
 
 
 @dataclass
@@ -300,6 +301,8 @@ class _Placing:
         outer = key.partition(".")[0]
         if outer in ROWS and isinstance(value, list):
             value = [_renamed(outer, item) if isinstance(item, dict) else item for item in value]
+        if key == "next_steps" and isinstance(value, list):
+            value = [_ticked(item) if isinstance(item, dict) else item for item in value]
         elif outer not in ROWS and key == outer and isinstance(value, dict):
             value = _renamed(outer, value)
         if key == "date" and value is not None:
@@ -431,6 +434,13 @@ def _renamed(key: str, values: dict[str, Any]) -> dict[str, Any]:
     return {
         new if (new := inner(key, name)) == name or new not in values else name: value for name, value in values.items()
     }
+
+
+def _ticked(step: dict[str, Any]) -> dict[str, Any]:
+    """A step whose `done` is a word is done or not; as a text, `no` would be true."""
+    words = {"yes": True, "on": True, "no": False, "off": False}
+    done = words.get(str(step.get("done")).lower())
+    return step if done is None else step | {"done": done}
 
 
 def _joined(first: Any, second: Any) -> Any:

@@ -11,18 +11,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from markdown_it import MarkdownIt
+from markdown_it.rules_block.table import escapedSplit
 from markdown_it.tree import SyntaxTreeNode as Node
 
-from aletheia.exp.foreign import INNER, Log, as_date, inner, number, plain, target
+from aletheia.exp.foreign import GROUPS, INNER, Log, as_date, inner, number, plain, target
+from aletheia.exp.foreign_yaml import load
 from pipeline import yamlio
 
 MAPPINGS = {"hyperparameters", "set_up", "splits", "search", "tracking", "code_version", "compute", "deployment"}
+FIGURES = {"metrics", "epochs.best", "epochs.latest", "epochs.history", "per_group", "baselines"}
+TOLD = {"conclusion", "observations", "analysis", "insights", "issues", "learnings", "next_steps"}  # beside figures
 _NUMBERED = re.compile(r"((?:experiment|exp|run|trial|milestone)\s*#?\s*\d[\w.]*)\s*[:.–—-]*\s*(.*)", re.IGNORECASE)
 _IDENTIFIED = re.compile(r"(EXP-[\w-]*\w|\d{8}_\d{6}(?:_\w+)?)\b\s*[:–—-]*\s*(.*)")
-_DATED = re.compile(r"(\d{4}-\d{2}-\d{2}|\d{1,2} [A-Z][a-z]+ \d{4}|[A-Z][a-z]+ \d{1,2}, \d{4})\b\s*[:–—-]*\s*(.*)")
+_DAY = r"(\d{4}-\d{2}-\d{2}|\d{1,2} [A-Z][a-z]+ \d{4}|[A-Z][a-z]+ \d{1,2}, \d{4})"
+_DATED = re.compile(rf"{_DAY}\b\s*[:–—-]*\s*(.*)")
+_DATE_IN = re.compile(rf"[(\[]\s*{_DAY}\s*[)\]]|[,:|–—-]\s+{_DAY}$")
 _LINE = re.compile(
     r"(?:\*\*|__)(?P<bold>[^*_:]{1,60}?)\s*(?::(?:\*\*|__)|(?:\*\*|__)\s*:)\s*(?P<after>.*)|(?P<key>[^:*]{1,60}?):\s+(?P<value>.*)"
 )
+_PLAIN = re.compile(r"(?P<key>\w[\w/().%-]*(?: [\w/().%-]+){0,3})\s*(?::\s|\s=\s|=(?!=))\s*(?P<value>.*)")
+_IMAGE = re.compile(r"!\[([^\]]*)\]\(([^()\s]+)(?:\s+\"([^\"]*)\")?\)\s*(.*)")
 _BOX = re.compile(r"\[([ xX])\]\s+")
 _LINK = re.compile(r"!?\[([^\]]*)\]\(([^()\s]+)\)")
 _EMPTY = re.compile(r"[-–—]?")
@@ -69,7 +77,7 @@ def logs(text: str) -> list[Log]:
         log.text = text
         return [log]
     found = [_Reader(lines).log(section) for section in heads]
-    found[0].outside = front | _outside(heads, root, lines)
+    found[0].outside |= front | _outside(heads, root, lines)
     return found
 
 
@@ -77,7 +85,7 @@ def _front_matter(lines: list[str]) -> tuple[dict[str, Any], int]:
     """The mapping between `---` and `---` at the top, and the line after it."""
     end = lines.index("---", 1) if lines[:1] == ["---"] and "---" in lines[1:] else 0
     try:
-        value = yamlio.load("\n".join(lines[1:end])).value
+        value = load("\n".join(lines[1:end])).value
     except yamlio.YamlError:
         return {}, 0
     return ({str(key): its for key, its in value.items()}, end + 1) if isinstance(value, dict) else ({}, 0)
@@ -136,6 +144,12 @@ def _name(title: str) -> Name | None:
     return Name(None, match[2], match[1]) if match and as_date(match[1]) else None
 
 
+def _date_in(title: str) -> str | None:
+    match = _DATE_IN.search(title)
+    day = (match[1] or match[2]) if match else None
+    return day if day and as_date(day) else None
+
+
 def _is_journal(heads: list[Section]) -> bool:
     """Dated headings over what a journal's entries hold."""
     below = {inner("journal", child.title) for head in heads for child in head.children}
@@ -148,17 +162,20 @@ def _is_dated(section: Section) -> bool:
 
 
 class _Reader:
-    """Reads a section as a mapping; `sources` collects the text behind each key."""
+    """Reads a section as a mapping; `sources` collects the text behind each key.
+
+    `elsewhere` is what stands under one of our keys and belongs to another, `outside` what could not be read.
+    """
 
     def __init__(self, lines: list[str]) -> None:
         self.lines = lines
         self.sources: dict[tuple[str, ...], str] = {}
+        self.elsewhere: dict[str, Any] = {}
+        self.outside: dict[str, Any] = {}
 
     def log(self, section: Section) -> Log:
         name = _name(section.title)
         values: dict[str, Any] = {}
-        if name and name.date:
-            values["date"] = name.date
         if title := (name.title if name else section.title):
             values["title"] = title
         if name and (name.foreign_id or "").lower().startswith("milestone"):
@@ -167,14 +184,18 @@ class _Reader:
             _add(values, key, value)
         for key, value in self._children(section, ()).items():
             _add(values, key, value)
+        for key, value in self.elsewhere.items():
+            _add(values, key, value)
+        if day := (name and name.date) or _date_in(section.title):
+            values["heading date" if "date" in values else "date"] = day
         text = "\n".join(self.lines[section.start : section.end])
-        return Log(values, section.start + 1, text, name.foreign_id if name else None, self.sources)
+        return Log(values, section.start + 1, text, name.foreign_id if name else None, self.sources, self.outside)
 
     def _own(self, section: Section) -> dict[str, Any]:
         """What stands right below an experiment's heading: keys and values, tables by their columns, and text."""
         values: dict[str, Any] = {}
         for block in section.blocks:
-            value = self._block(block, "", keys_known=True)
+            value = self._block(block, "", own=True)
             if isinstance(value, dict):
                 for key, its_value in value.items():
                     _add(values, key, its_value)
@@ -201,17 +222,20 @@ class _Reader:
         if name and name.title:
             entry["title"] = name.title
         text = self._blocks(section.blocks, "")
-        return entry | ({} if text is None else {"text": text}) | self._children(section, (section.title,))
+        if text is not None:
+            entry["text"] = text
+        return _both(entry, self._children(section, (section.title,)))
 
     def _content(self, section: Section, path: tuple[str, ...]) -> Any:
-        key = target(section.title) or ""
+        near = next((ours for title in reversed(path) if (ours := target(title) or GROUPS.get(plain(title)))), "")
+        key = target(section.title) or (near if near in FIGURES else "")
         own = self._blocks(section.blocks, key)
         if not section.children:
             return own
         below = self._children(section, path)
         if isinstance(own, dict):
-            return own | below
-        return below if own is None else {section.title: own} | below
+            return _both(own, below)
+        return below if own is None else _both({section.title: own}, below)
 
     def _blocks(self, blocks: list[Node], key: str) -> Any:
         """One block is its own value. Several: mappings join; the rest is a list of points."""
@@ -220,36 +244,72 @@ class _Reader:
             return values[0] if values else None
         mappings = [value for value in values if isinstance(value, dict)]
         others = [value for value in values if not isinstance(value, dict)]
+        if key in FIGURES and any(isinstance(value, list) and isinstance(value[0], dict) for value in others if value):
+            others += [[{"name": name, "value": its} for name, its in mapping.items()] for mapping in mappings]
+            mappings = []
         points = [point for value in others for point in (value if isinstance(value, list) else [value])]
         if not mappings:
             return points
         joined: dict[str, Any] = {}
         for mapping in mappings:
-            for name, value in mapping.items():
-                _add(joined, name, value)
-        return joined | ({"notes": points} if points else {})
+            joined = _both(joined, mapping)
+        return _both(joined, {"notes": points} if points else {})
 
-    def _block(self, block: Node, key: str, keys_known: bool = False) -> Any:
+    def _block(self, block: Node, key: str, own: bool = False) -> Any:
+        mixed = own or key in FIGURES  # things that belong to other keys stand there too
         if block.type == "paragraph":
-            return _paragraph(_text(block), keys_known or key in MAPPINGS, key in MAPPINGS)
+            text = self._left(_text(block)) if mixed else _text(block)
+            return _paragraph(text, "description" if own else "notes", key in MAPPINGS, mixed) if text else None
         if block.type in ("bullet_list", "ordered_list"):
-            return self._list(block, key)
+            return self._list(block, key, mixed)
         if block.type == "table":
+            self._keep_surplus(block)
             return _table(block, key)
-        if block.type == "fence" and block.info.strip().lower() in ("yaml", "yml", "json"):
+        if block.type == "fence" and (language := block.info.strip().lower()) in ("yaml", "yml", "json"):
             try:
-                value = yamlio.load(block.content).value
-            except yamlio.YamlError:  # not for a machine, then: kept as it stands
-                return self._source(block)
-            return value
+                return load(block.content).value
+            except yamlio.YamlError as error:
+                line = (block.map[0] if block.map else 0) + 1
+                self.outside[f"{language} block at line {line} ({error.what})"] = self._source(block)
+                return None
         return None if block.type == "hr" else self._source(block)
 
     def _source(self, block: Node) -> str:
         start, end = block.map or (0, 0)
         return "\n".join(self.lines[start:end]).strip()
 
-    def _list(self, block: Node, key: str) -> Any:
+    def _keep_surplus(self, table: Node) -> None:
+        """Cells beyond the last column: the parser leaves them out."""
+        for row in (row for part in table.children for row in part.children):
+            number_of = row.map[0] if row.map else 0
+            line = self.lines[number_of].strip()
+            cells = [cell.strip() for cell in escapedSplit(line.removeprefix("|"))]
+            cells = cells[:-1] if cells and not cells[-1] else cells
+            if any(surplus := cells[len(row.children) :]):
+                self.outside[f"cells beyond the columns at line {number_of + 1}"] = [_cell(cell) for cell in surplus]
+
+    def _left(self, text: str) -> str:
+        """The text without what belongs elsewhere: an image, an open box, `Conclusion: …` and what follows on it."""
+        groups: list[list[str]] = [[]]
+        for line in text.split("\n"):
+            for part in re.split(r"(?=!\[)", line) if line.startswith("![") else [line]:
+                if _elsewhere(part.strip()) or _pair(part, False) or _PLAIN.fullmatch(part):
+                    groups.append([])
+                groups[-1] += [part] if part.strip() else []
+        left = [group for group in groups if group and not self._move(" ".join(part.strip() for part in group))]
+        return "\n".join(line for group in left for line in group)
+
+    def _move(self, item: Any) -> bool:
+        found = _elsewhere(item)
+        if found:
+            _add(self.elsewhere, *found)
+        return found is not None
+
+    def _list(self, block: Node, key: str, mixed: bool) -> Any:
         items = [self._item(item) for item in block.children]
+        items = [item for item in items if not (mixed and self._move(item))]
+        if not items:
+            return None
         pairs = [_pair(item, any_key=key in MAPPINGS) for item in items if isinstance(item, str)]
         if len(pairs) == len(items) and all(pairs):
             values: dict[str, Any] = {}
@@ -263,7 +323,8 @@ class _Reader:
     def _item(self, item: Node) -> Any:
         """Its text; with what is listed or shown below it, a mapping from the text to that."""
         texts = [_text(child) for child in item.children if child.type == "paragraph"]
-        below = [self._block(child, "") for child in item.children if child.type != "paragraph"]
+        shown = [self._block(child, "") for child in item.children if child.type != "paragraph"]
+        below = [value for value in shown if value is not None]
         text = "\n\n".join(texts)
         if not below:
             return text
@@ -276,26 +337,69 @@ def _text(block: Node) -> str:
     return inline.content.strip() if inline is not None else ""
 
 
-def _paragraph(text: str, keys: bool, any_key: bool) -> Any:
-    lines = [line.rstrip("\\ ") for line in text.split("\n")]
-    pairs = [_pair(line, any_key) for line in lines] if keys else []
-    if pairs and all(pairs):
-        values: dict[str, Any] = {}
-        for name, value in filter(None, pairs):
-            _add(values, name, value)
-        return values
-    return " ".join(line.strip() for line in lines)
+def _paragraph(text: str, rest: str, any_key: bool, mixed: bool) -> Any:
+    """Keys and values where they stand line by line, and by the name `rest` the text between; or one text.
+
+    A line on its own needs a key that is known, and to be the first; a line that follows on a text belongs to it.
+    """
+    lines = [line.rstrip("\\ ").strip() for line in text.split("\n")]
+    shaped = [_PLAIN.fullmatch(line) is not None for line in lines]
+    if not mixed and not any_key:
+        return ("\n" if len(lines) > 1 and all(shaped) else " ").join(lines)
+    values: dict[str, Any] = {}
+    texts: list[str] = []
+    last = None  # the key that the next line may follow on
+    for number_of, line in enumerate(lines):
+        bold = line.startswith(("**", "__"))
+        beside = any(shaped[max(number_of - 1, 0) : number_of]) or any(shaped[number_of + 1 : number_of + 2])
+        pair = _pair(line, any_key) if bold or any_key or last is not None or number_of == 0 else None
+        if pair is None and shaped[number_of] and beside:
+            pair = _plain_pair(line)
+        if pair:
+            last = pair[0] if pair[0] not in values else None
+            _add(values, *pair)
+        elif last is not None and isinstance(values[last], str):
+            values[last] += f" {line}"
+        else:
+            texts.append(line)
+    if not values:
+        return " ".join(lines)
+    return _both(values, {rest: " ".join(texts)} if texts else {})
+
+
+def _plain_pair(line: str) -> tuple[str, Any] | None:
+    match = _PLAIN.fullmatch(line)
+    return (match["key"].strip(), _cell(match["value"])) if match and not _BOX.match(line) else None
+
+
+def _elsewhere(item: Any) -> tuple[str, Any] | None:
+    """The key of ours that a line or list item beside figures belongs to, and its value there."""
+    text = next(iter(item)) if isinstance(item, dict) and len(item) == 1 else item
+    if not isinstance(text, str):
+        return None
+    if (box := _BOX.match(text)) and box[1] == " ":
+        return "next_steps", [_step(item)]
+    if isinstance(item, dict):
+        return None
+    if image := _IMAGE.fullmatch(text):
+        shown = {"path": image[2], "title": image[1], "purpose": " ".join(filter(None, (image[3], image[4])))}
+        return "plots", [{key: value for key, value in shown.items() if value}]
+    pair = _pair(text, False)
+    if not pair or (key := target(pair[0])) not in TOLD:
+        return None
+    return ("next_steps", [_step(pair[1])]) if key == "next_steps" else pair
 
 
 def _pair(line: str, any_key: bool) -> tuple[str, Any] | None:
     """`**Key:** value`; `Key: value` where the key is known or any will do."""
     match = _LINE.fullmatch(line)
     if not match:
-        return None
+        known = _plain_pair(line)
+        return known if known and (any_key or target(known[0])) else None
     if match["bold"]:
         return match["bold"].strip(), _cell(match["after"])
-    known = any_key or target(match["key"]) or plain(match["key"]) == "status"
-    return (match["key"].strip(), _cell(match["value"])) if known and not _BOX.match(line) else None
+    is_known = any_key or target(match["key"]) or plain(match["key"]) == "status"
+    return (match["key"].strip(), _cell(match["value"])) if is_known and not _BOX.match(line) else None
 
 
 def _step(item: Any) -> Any:
@@ -324,14 +428,26 @@ def _table(block: Node, key: str) -> Any:
     """Rows by column; where our key holds a mapping, by the first column."""
     rows = [[_cell(_text(cell)) for cell in row.children] for part in block.children for row in part.children]
     header, *body = rows
-    names = [str(name) if name is not None else "" for name in header]
+    names = _distinct([str(name) if name is not None else "" for name in header])
+    first = _distinct([str(row[0]) for row in body])
     columns = [plain(name) for name in names]
     if key in MAPPINGS and len(names) == 2 and columns[0] not in INNER.get(key, {}):
-        return {str(row[0]): row[1] for row in body}
+        return {name: row[1] for name, row in zip(first, body, strict=True)}
     if key in ("epochs.best", "epochs.latest", "confusion_matrix") or (key in MAPPINGS and len(names) > 2):
-        return {str(row[0]): dict(zip(names[1:], row[1:], strict=True)) for row in body}
+        return {name: dict(zip(names[1:], row[1:], strict=True)) for name, row in zip(first, body, strict=True)}
     found = [dict(zip(names, row, strict=True)) for row in body]
     return [_picture(row) for row in found] if key == "plots" or _guess(found) == "plots" else found
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Two of the same name would be one in a mapping."""
+    found: dict[str, None] = {}
+    for name in names:
+        count = next(
+            n for n in range(1, len(names) + len(found) + 2) if (name if n == 1 else f"{name} ({n})") not in found
+        )
+        found[name if count == 1 else f"{name} ({count})"] = None
+    return list(found)
 
 
 def _picture(row: dict[str, Any]) -> dict[str, Any]:
@@ -353,6 +469,13 @@ def _guess(value: Any) -> str:
             return "metrics"
         return "table"
     return "description"
+
+
+def _both(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    joined = dict(first)
+    for key, value in second.items():
+        _add(joined, key, value)
+    return joined
 
 
 def _add(values: dict[str, Any], key: str, value: Any) -> None:

@@ -2,17 +2,20 @@
 
 from typing import Any
 
+import yaml
+
 from aletheia.exp.foreign import Log, plain
 from pipeline import yamlio
 from pipeline.errors import UserError
 
+WORDS = ("yes", "no", "on", "off")
 LISTS = ("experiments", "planned_experiments", "runs", "milestones", "trials", "records", "plans")
 
 
 def logs(text: str, shown: str) -> list[Log]:
     """Raises `UserError` with file, line and column for what is no plain, bounded YAML."""
     try:
-        document = yamlio.load(text.removeprefix("\ufeff"))
+        document = load(text.removeprefix("\ufeff"))
     except yamlio.YamlError as error:
         raise UserError(error.what, where=f"{shown}:{error.line}:{error.column}") from None
     value = document.value
@@ -30,6 +33,35 @@ def logs(text: str, shown: str) -> list[Log]:
     if all(isinstance(child, dict) and str(key).upper().startswith("EXP-") for key, child in named):
         return _several(value, (), document)
     return [_log(value, 1)]
+
+
+def load(text: str) -> yamlio.Document:
+    """`yes: no` as its writer meant it: a key is a text, and so is yes, no, on or off. Raises `yamlio.YamlError`."""
+    found: list[tuple[int, int]] = []
+    places: list[int | None] = []  # for each open mapping how many keys and values it has had; None for a list
+    try:
+        for event in yaml.parse(text, yaml.CSafeLoader):
+            if isinstance(event, yaml.CollectionEndEvent):
+                places.pop()
+                continue
+            if not isinstance(event, yaml.NodeEvent):
+                continue
+            is_key = bool(places) and places[-1] is not None and places[-1] % 2 == 0
+            if places and places[-1] is not None:
+                places[-1] += 1
+            if isinstance(event, yaml.CollectionStartEvent):
+                places.append(0 if isinstance(event, yaml.MappingStartEvent) else None)
+            elif isinstance(event, yaml.ScalarEvent) and not event.style and event.tag is None and event.end_mark:
+                begin, end = event.end_mark.index - len(event.value), event.end_mark.index
+                if (is_key and event.value != "<<") or event.value.lower() in WORDS:
+                    found += [(begin, end)] if event.value and text[begin:end] == event.value else []
+    except (yaml.YAMLError, ValueError):  # the reader below tells what and where
+        return yamlio.load(text)
+    pieces, last = [], 0
+    for begin, end in found:
+        pieces += [text[last:begin], "'", text[begin:end].replace("'", "''"), "'"]
+        last = end
+    return yamlio.load("".join([*pieces, text[last:]]))
 
 
 def _several(values: Any, path: yamlio.KeyPath, document: yamlio.Document) -> list[Log]:

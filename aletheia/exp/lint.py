@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from aletheia.exp.mend import located
+from aletheia.exp.mend import is_copy, located
 from aletheia.exp.plan import planned_profile, read_plan
 from aletheia.output import print_json
 from pipeline import yamlio
@@ -141,7 +141,8 @@ def _of_facts(file: RecordFile, read: Reading) -> Iterator[tuple[str, Severity]]
     if read.pending:
         yield f"what the pipeline knows waits beside it; try aletheia exp sync {file.id}", "error"
     if read.facts and not (read.sealed or read.edited or read.pending):
-        yield f"carries no seal below the line: not as the pipeline wrote it; try git log -- {file.path.name}", "error"
+        remedy = f"git log -- experiments/{file.path.name}"
+        yield f"carries no seal: the program's half is not as it was written; try {remedy}", "error"
     if read.facts and liveness(read.facts) == "dead":
         yield f"its process is gone; try aletheia exp repair {file.id}", "warning"
 
@@ -167,10 +168,10 @@ def _doubled(workspace: Workspace, asked: set[Path]) -> Iterator[Finding]:
     for experiment_id, (first, *others) in claims.items():
         for path in others:
             if path in asked or first in asked:
-                what = f"{workspace.shown(first)} has the id {experiment_id} too"
-                yield Finding(
-                    workspace.shown(path), 1, 1, "error", f"{what}; try aletheia exp renumber on one of the two"
-                )
+                what = f"{workspace.shown(first)} has the id {experiment_id} too; try aletheia exp renumber on one of the two"
+                if is_copy(RecordFile(path), RecordFile(first)):
+                    what = f"is a copy of {workspace.shown(first)}; try deleting one of the two"
+                yield Finding(workspace.shown(path), 1, 1, "error", what)
 
 
 def _line(text: str, position: int) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 from aletheia.output import print_json, print_table
 from pipeline.errors import UserError
 from pipeline.progress import say
-from pipeline.records import find, ids
+from pipeline.records import criteria, find, ids
 from pipeline.records.file import RecordFile, split
 from pipeline.records.lifecycle import close_dead, liveness
 from pipeline.records.schema import Facts
@@ -66,6 +66,8 @@ def sync(workspace: Workspace, exps: Sequence[str], as_json: bool) -> bool:
             whole = False
         elif read.pending or read.edited:
             complete = file.complete() and not file.read().edited
+            with suppress(UserError):  # which lint tells
+                _compare_again(file)
             what = read.edited or "completed with what had waited beside it"
             done.append({"id": file.id, "done": what + (": undone" if read.edited and complete else "")})
             whole = whole and complete
@@ -75,6 +77,16 @@ def sync(workspace: Workspace, exps: Sequence[str], as_json: bool) -> bool:
             whole = False
     _print(done, as_json, "every record is in step with what the pipeline knows")
     return whole
+
+
+def _compare_again(file: RecordFile) -> None:
+    """What was no YAML when the run ended can be compared with the frozen criteria now."""
+    facts = file.facts()
+    if facts and facts.verdict and liveness(facts) in ("complete", "failed", "cancelled"):
+        now = criteria.changes(facts.verdict.criteria, criteria.read(file.person().get("success_criteria")))
+        if now != facts.verdict.changed_after_start:
+            facts.verdict.changed_after_start = now
+            file.write(facts)
 
 
 def renumber(workspace: Workspace, exp: str) -> Path:
@@ -89,6 +101,10 @@ def renumber(workspace: Workspace, exp: str) -> Path:
         what = "has no id to be renumbered from"
         raise UserError(what, where=workspace.shown(file.path), remedy="`experiment_id: EXP-…` above the line")
     twins = [other for other in _all(workspace) if other.path != file.path and _own_id(other) == old]
+    for twin in twins:
+        if is_copy(file, twin):  # both would claim the same outputs, and every reference to them
+            what = f"is a copy of {workspace.shown(twin.path)}"
+            raise UserError(what, where=workspace.shown(file.path), remedy="deleting one of the two")
     new = RecordFile(ids.allocate(workspace, lambda *_, **__: split(file.path.read_bytes()).above, date=old[4:14]))
     try:
         facts = _take_over(workspace, file, new, old)
@@ -111,6 +127,14 @@ def renumber(workspace: Workspace, exp: str) -> Path:
         raise UserError(what, where=workspace.shown(new.path), remedy=remedy) from error
     say(f"{workspace.shown(file.path)} is now {new.id}")
     return new.path
+
+
+def is_copy(file: RecordFile, other: RecordFile) -> bool:
+    """Whether the two tell of the same run, whatever stands above their lines."""
+    with suppress(UserError):
+        facts = file.read().facts
+        return facts is not None and facts == other.read().facts
+    return False
 
 
 def _at_rest(workspace: Workspace, file: RecordFile) -> Facts | None:

@@ -25,17 +25,51 @@ MOST_UNTRACKED = 50  # names in a record; how many more there are is said
 # whatever the person's git is set to, a patch that `git apply` takes
 _DIFF = ("diff", "--binary", "--no-ext-diff", "--no-textconv", "--no-color", "--src-prefix=a/", "--dst-prefix=b/")
 WATTS_PER_BUSY_CORE = 10.0  # an assumption, named in every record that uses it
-_SECRETS = re.compile(
-    r"(?P<keep>(?i:(?:api|access|secret|private)[_-]?key|(?:api|access|auth|hf|hub|bearer)[_-]?token|\btoken|secret|password|passwd|passphrase|authorization)"
-    r"[\"']?\s*[=:]\s*(?i:(?:bearer|basic)\s+)?[\"']?)(?P<a>[^\s\"',&]{6,})"
-    r"|(?P<b>\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|AKIA[A-Z0-9]{12,}|xox[abp]-[A-Za-z0-9-]{10,})"
-    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@))"
+# Each repetition is bounded or possessive: a patch may be large, and hostile.
+_KEY = r"""(?i:(?:api|access|secret|private)[_-]?key | (?:api|access|auth|hf|hub|bearer)[_-]?token
+    | secret | password | passwd | passphrase)"""
+_IS = r"""["']?\]?[ \t]*[=:]{1,2}[ \t]*"""  # key = value, key: value, "key": value, x["key"] = value
+_GIVEN = rf"(?:{_KEY}{_IS} | (?<=-){_KEY}[ \t]+)"  # the latter: --key value
+_NAME = r"[A-Za-z_]\w*+"
+_NO_CODE = (
+    rf"""(?!{_NAME}(?:\.{_NAME})++(?=[\s"',&)\]}}:;]|\Z) | {_NAME}(?:\.{_NAME})*+[\[(])"""  # a.name, a call, an item
 )
+_NO_PLACE = r"""(?!(?:\$?\{[^"'\n]{0,200}\} | <[^"'\n]{0,200}>)(?:[\s"']|\Z))"""  # {name}, ${name}, <name>
+_HAS_DIGIT = r"""(?=[^\s"',&\d]{0,200}\d)"""
+_SECRETS = {  # what stands before the secret, and stays, is the group `keep`
+    name: re.compile(pattern, re.VERBOSE)
+    for name, pattern in {
+        "private key": r"(?P<keep>-----BEGIN\ [A-Z ]{0,40}PRIVATE\ KEY-----) (?s:(?!-----).){40,}+ (?=-----END)",
+        "address": r"""(?P<keep>://) [^/\s:@]{0,200}+ : (?!\d{1,5}/) [^\s@"<>]{1,1000}+ (?=@)""",  # user:password@host
+        "JSON web token": r"(?P<keep>(?<![\w-])) eyJ[\w-]++ \.eyJ[\w-]++ \.[\w-]*+",
+        "prefix": r"""(?P<keep>\b) (?:
+            hf_[A-Za-z0-9]{16,}                                 # Hugging Face
+            | sk-[A-Za-z0-9_-]{16,}                             # OpenAI, Anthropic
+            | gh[pousr]_[A-Za-z0-9]{16,} | github_pat_\w{16,}   # GitHub
+            | glpat-[\w-]{16,}                                  # GitLab
+            | A[KS]IA[A-Z0-9]{12,}                              # Amazon
+            | AIza[\w-]{30,}                                    # Google
+            | [rs]k_(?:live|test)_[A-Za-z0-9]{16,}              # Stripe
+            | xox[abeprs]-[A-Za-z0-9-]{10,}                     # Slack
+            | npm_[A-Za-z0-9]{16,}
+        )""",
+        "authorization": rf"""(?P<keep>(?i:authorization){_IS} ["']? (?i:bearer|basic|token|digest)[ \t]+)
+            [^\s"',&<{{$][^\s"',&]{{5,}}""",
+        "quoted": rf"""(?P<keep>{_GIVEN} [bru]? (?P<quote>["'])) {_NO_PLACE}
+            (?:\\. | (?!(?P=quote))[^\\\n]){{6,}}+ (?=(?P=quote))""",
+        "unquoted": rf"""(?P<keep>{_GIVEN} ["']?) {_NO_PLACE}{_NO_CODE}{_HAS_DIGIT} [^\s"',&]{{6,}}""",
+        # the words that have other meanings, too: what follows must look like a key
+        "token": rf"""(?P<keep>(?i:\btoken|\bauthorization) (?:{_IS} | (?<=-token)[ \t]+) ["']?)
+            {_NO_PLACE}{_NO_CODE}{_HAS_DIGIT} (?=[^\s"',&A-Za-z]{{0,200}}[A-Za-z]) (?![a-z]+_\w*+(?![^\s"',&)])) [^\s"',&]{{16,}}""",
+    }.items()
+}
 
 
 def redact(text: str) -> str:
-    """API keys, tokens and passwords become `[redacted]`."""
-    return _SECRETS.sub(lambda m: f"{m['keep'] or ''}[redacted]", text)
+    """API keys, tokens and passwords become `[redacted]`. Code that only names them stays as it is."""
+    for pattern in _SECRETS.values():
+        text = pattern.sub(r"\g<keep>[redacted]", text)
+    return text
 
 
 def code(folder: Path) -> dict[str, Any]:

@@ -99,7 +99,9 @@ class RecordFile:
         edited, said = _edited(self.id, halves, written), str(person.get("experiment_id"))
         if written.newest is None and halves.below is not None and _sealed(said, halves.below):
             edited = None  # the file was renamed, and that is all
-        return Reading(person, facts, mistake, damage, edited, _pending(halves, written), _seal_of(halves.below) is not None)
+        return Reading(
+            person, facts, mistake, damage, edited, _pending(halves, written), _seal_of(halves.below) is not None
+        )
 
     def above(self) -> str:
         """The person's half as text. Raises `UserError` with the place where it is no text."""

@@ -369,3 +369,18 @@ def test_mangled_logs_are_taken_in_or_refused_in_one_line(place: Workspace) -> N
             refused += 1
     assert taken_in > 50
     assert refused > 10
+
+
+def test_what_could_not_be_placed_is_named_and_kept(place: Workspace) -> None:
+    text = (
+        "## Experiment 1: ranks (2024-03-01)\n\nbest epoch: 3\nsample count: 100-500\n\n### Results\n\n"
+        "| a | b |\n|---|---|\n| 1 | 2 | 3 |\n\n```yaml\na: [\n```\n\nConclusion: it fell\n"
+    )
+    (file,) = taken(place, written(place, "log.md", text))
+    person = file.person()
+    assert (person["date"], person["conclusion"]) == (dt.date(2024, 3, 1), "it fell")
+    assert (person["epochs"], person["splits"]) == ({"best": 3}, {"samples": [100, 500]})
+    assert person["metrics"] == [{"a": 1, "b": 2}]
+    assert list(person["notes"].values()) == [[3], "```yaml\na: [\n```"]
+    (note,) = origin(file)["notes"]
+    assert note.startswith("kept under notes: `cells beyond the columns at line 10`, `yaml block at line 12 (")

@@ -160,10 +160,10 @@ def test_on_shared_items_the_difference_is_paired_and_has_its_interval(
     assert (found["value"], found["ci_low"], found["ci_high"], found["n"]) == (
         expected.value, expected.ci_low, expected.ci_high, 4,
     )  # fmt: skip
-    assert found["finding"] == "better"
+    assert found["finding"] == "lower"  # and not better: other rows may have the same ids
     assert difference(aletheia, place, "eval_loss.delta")["value"] == pytest.approx(expected.value)
     said = aletheia(place, "exp", "compare", A, B).out
-    assert "-0.2 [-0.3299, -0.07008] on 4 shared, matched by id alone: better" in said
+    assert "-0.2 [-0.3299, -0.07008] on 4 shared, matched by id alone: lower" in said
 
 
 def test_inside_the_noise_nothing_is_called_better(aletheia: Run, place: Workspace, write_record: Write) -> None:
@@ -244,6 +244,47 @@ def test_a_figure_of_unknown_direction_is_higher_or_lower_never_better(
     assert difference(aletheia, place, "answer_tokens")["finding"] == "higher"
 
 
+@pytest.mark.parametrize(
+    ("metric", "finding"),
+    [
+        *[
+            (name, "worse")
+            for name in ("ter", "brier_score", "perplexity", "word_perplexity", "bits_per_byte", "mse", "wer")
+        ],
+        *[(name, "better") for name in ("acc", "acc_norm", "exact_match", "f1", "bleu")],
+        *[(name, "higher") for name in ("of_mine", None, 3, ["acc"])],
+    ],
+)
+@pytest.mark.parametrize("task", ["choices", "mmlu.pro", "low_loss"])
+def test_a_benchmark_is_better_in_the_direction_of_its_metric(
+    aletheia: Run, place: Workspace, write_record: Write, metric: Any, finding: str, task: str
+) -> None:
+    figure = f"benchmarks.{task}"
+    hashes = {str(i): f"hash-{i}" for i in range(3)}
+    for name, shift in ((A, 0.0), (B, 1.0)):
+        ends = {i: (0.0, shift + int(i) * shift / 10) for i in hashes}
+        result = statistics.paired(*zip(*ends.values(), strict=True)).model_dump(exclude_none=True)
+        facts = {"stage": "eval", "results": {"benchmarks": {task: result | {"metric": metric}}}}
+        file = write_record(place, name, facts | {"data": rows(choices=hashes)})
+        items.write_rows(file.folder, {"choices": hashes})
+        items.write_changes(file.folder, {figure: ends})
+    assert difference(aletheia, place, figure)["finding"] == finding
+    assert difference(aletheia, place, f"{figure}.delta")["finding"] == finding
+
+
+def test_benchmarks_of_two_metrics_are_higher_or_lower_never_better(
+    aletheia: Run, place: Workspace, write_record: Write
+) -> None:
+    hashes = {str(i): f"hash-{i}" for i in range(3)}
+    for name, shift, metric in ((A, 0.0, "perplexity"), (B, 1.0, "acc")):
+        entry = {"value": shift, "n": 3, "metric": metric}
+        facts = {"stage": "eval", "results": {"benchmarks": {"x": entry}}, "data": rows(choices=hashes)}
+        file = write_record(place, name, facts)
+        items.write_rows(file.folder, {"choices": hashes})
+        items.write_changes(file.folder, {"benchmarks.x": {i: (0.0, shift + int(i) * shift / 10) for i in hashes}})
+    assert difference(aletheia, place, "benchmarks.x")["finding"] == "higher"
+
+
 def test_a_figure_of_unknown_direction_is_neither_inside_the_noise(
     aletheia: Run, place: Workspace, write_record: Write
 ) -> None:
@@ -256,7 +297,8 @@ def test_a_figure_of_unknown_direction_is_neither_inside_the_noise(
 def test_the_first_of_several_is_the_reference_of_all(aletheia: Run, place: Workspace, write_record: Write) -> None:
     for name, shift in ((A, 0.0), (B, -0.1), (C, 0.2)):
         ends = [5.0 + shift, 4.0 + shift, 4.5 + shift * 1.1]
-        write_record(place, name, {"results": loss(ends)}, **{"heldout.jsonl": held_out(ends)})
+        facts = {"results": loss(ends), "data": rows(held_out={"any": "hash"})}
+        write_record(place, name, facts, **{"heldout.jsonl": held_out(ends)})
     entries = compared(aletheia(place, "exp", "compare", A, B, C, "--json"))["figures"]["eval_loss"]
     assert "difference" not in entries[0]
     assert [entry["difference"]["finding"] for entry in entries[1:]] == ["better", "worse"]

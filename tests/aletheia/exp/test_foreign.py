@@ -251,3 +251,12 @@ def test_whatever_is_placed_is_a_persons_half() -> None:
 )  # fmt: skip
 def test_a_number_is_what_can_be_nothing_else(text: str, value: float | None) -> None:
     assert number(text) == value
+
+
+def test_a_step_that_is_done_in_words_is_done_or_not() -> None:
+    steps = [{"task": "a", "done": "no"}, {"task": "b", "done": "Yes"}, {"task": "c"}]
+    assert place(Log({"next": steps}, 1, "")).person["next_steps"] == [
+        {"step": "a", "done": False},
+        {"step": "b", "done": True},
+        {"step": "c"},
+    ]

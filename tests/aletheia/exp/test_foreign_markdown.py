@@ -178,9 +178,11 @@ def test_a_table_of_settings_or_of_splits_is_a_mapping() -> None:
     assert values(text) == {"Set-up": {"gpu": "A100"}, "Best epoch": {"valid": {"Epoch": 6, "Loss": 1.3}}}
 
 
-def test_a_yaml_block_is_a_mapping_and_one_that_is_none_stays_as_it_stands() -> None:
+def test_a_yaml_block_is_a_mapping_and_one_that_is_none_is_kept_by_name() -> None:
     text = "## Experiment 1\n\n```yaml\nseed: 1\n```\n\n### Config\n\n```yaml\nlr: 2e-4\n```\n\n### Odd\n\n```yaml\na: [\n```\n"
-    assert values(text) == {"seed": 1, "Config": {"lr": 2e-4}, "Odd": "```yaml\na: [\n```"}
+    (log,) = logs(text)
+    assert log.values == {"seed": 1, "Config": {"lr": 2e-4}, "Odd": None}
+    assert log.outside == {"yaml block at line 15 (did not find expected node content)": "```yaml\na: [\n```"}
 
 
 def test_what_is_no_yaml_block_is_kept_with_its_fence() -> None:
@@ -209,3 +211,113 @@ def test_two_headings_of_one_name_are_both_kept() -> None:
 def test_a_page_without_headings_is_one_text() -> None:
     assert values("just words\n") == {"description": "just words"}
     assert values("") == {}
+
+
+def test_cells_beyond_the_columns_are_kept_by_name() -> None:
+    (log,) = logs("## Experiment 1\n\n### Metrics\n\n| a | b |\n|---|---|\n| 1 | 2 | 3 | x \\| y |\n| 4 | 5 |\n| 6 |\n")
+    assert log.values["Metrics"] == [{"a": 1, "b": 2}, {"a": 4, "b": 5}, {"a": 6, "b": None}]
+    assert log.outside == {"cells beyond the columns at line 7": [3, "x | y"]}
+
+
+def test_columns_and_rows_of_one_name_are_both_kept() -> None:
+    table = "| a | a |\n|---|---|\n| x | 1 |\n| x | 2 |\n"
+    found = values(f"## Experiment 1\n\n### Metrics\n\n{table}\n### Configuration\n\n{table}")
+    assert found["Metrics"] == [{"a": "x", "a (2)": 1}, {"a": "x", "a (2)": 2}]
+    assert found["Configuration"] == {"x": 1, "x (2)": 2}
+
+
+@pytest.mark.parametrize("heading", ["Results", "Metrics"])
+def test_what_stands_beside_figures_goes_where_it_belongs(heading: str) -> None:
+    text = f"""## Experiment 1
+
+### {heading}
+
+| Metric | Value |
+|---|---|
+| f1 | 0.9 |
+
+loss: 0.3
+steps: 100
+
+![loss](img/loss.png) caption
+
+```yaml
+a: [
+```
+
+Conclusion: ❌ failed to converge,
+as before
+TODO: [ ] fewer epochs
+
+- [ ] lower lr
+  - by half
+- [x] f1 measured
+"""
+    (log,) = logs(text)
+    assert log.values == {
+        heading: [
+            {"Metric": "f1", "Value": 0.9},
+            "[x] f1 measured",
+            {"name": "loss", "value": 0.3},
+            {"name": "steps", "value": 100},
+        ],
+        "plots": [{"path": "img/loss.png", "title": "loss", "purpose": "caption"}],
+        "Conclusion": "❌ failed to converge, as before",
+        "next_steps": [
+            {"step": "fewer epochs", "done": False},
+            {"step": "lower lr", "done": False, "details": ["by half"]},
+        ],
+    }
+    assert list(log.outside.values()) == ["```yaml\na: [\n```"]
+
+
+def test_plain_lines_with_a_key_are_values() -> None:
+    text = "## Experiment 1\n\nbest epoch: 3\nlatest epoch = 5\ndate: TBD\nmood: fine\nand calm\n\nIt ran.\n"
+    assert values(text) == {
+        "best epoch": 3,
+        "latest epoch": 5,
+        "date": "TBD",
+        "mood": "fine and calm",
+        "description": "It ran.",
+    }
+    assert values("## Experiment 1\n\nmodel = small\n") == {"model": "small"}
+
+
+@pytest.mark.parametrize("text", ["mood: fine", "We changed the\nmodel: it was large", "One: two three\nfour"])
+def test_a_lone_line_with_a_colon_is_text(text: str) -> None:
+    assert values(f"## Experiment 1\n\n{text}\n") == {"description": text.replace("\n", " ")}
+
+
+def test_lines_with_a_key_among_prose_keep_their_breaks() -> None:
+    assert values("## Experiment 1\n\n### Observations\n\nloss: falls\nspeed: fine\n") == {
+        "Observations": "loss: falls\nspeed: fine"
+    }
+
+
+@pytest.mark.parametrize(
+    ("heading", "date"),
+    [
+        ("Experiment 1: rank sweep (2024-03-01)", "2024-03-01"),
+        ("Run 7 – 1 March 2024", "1 March 2024"),
+        ("Rank sweep [March 1, 2024]", "March 1, 2024"),
+        ("Experiment 1: since 2024-03-01 it fails", None),
+        ("EXP-2024-03-15-002", None),
+        ("Experiment 1 (2024-13-01)", None),
+    ],
+)
+def test_a_heading_may_hold_the_date(heading: str, date: str | None) -> None:
+    assert values(f"# {heading}\n\n## Objective\n\nx\n").get("date") == date
+
+
+def test_a_date_of_its_own_and_that_of_the_heading_are_both_kept() -> None:
+    found = values("## Experiment 1 (2024-03-01)\n\n**date:** 2024-03-02\n")
+    assert (found["date"], found["heading date"]) == ("2024-03-02", "2024-03-01")
+
+
+def test_words_in_a_yaml_block_stay_as_they_were_written() -> None:
+    assert values("---\noff: on\n---\n\n```yaml\nyes: no\n```\n") == {"yes": "no", "off": "on"}
+
+
+def test_notes_in_a_mapping_and_text_beside_it_are_both_kept() -> None:
+    text = "## Experiment 1\n\n### Configuration\n\nAs before.\n\n```yaml\nlr: 1\nnotes: warm\n```\n"
+    assert values(text)["Configuration"] == {"lr": 1, "notes": ["warm", "As before."]}

@@ -51,3 +51,20 @@ def test_what_is_no_mapping_holds_no_experiment(text: str) -> None:
 def test_no_yaml_is_told_with_its_place() -> None:
     with pytest.raises(UserError, match=r"^x.yaml:2:3: mapping values are not allowed"):
         logs("a: 1\n b: 2\n", "x.yaml")
+
+
+def test_words_stay_as_they_were_written() -> None:
+    text = "# é ü\nyes: no\nit's: [On, OFF, true, 'no', 3]\n1.10: {on: x, 2024-01-01: y}\nnull: |\n  no\nkept: é no\n"
+    (log,) = logs(text, "x.yaml")
+    assert log.values == {
+        "yes": "no",
+        "it's": ["On", "OFF", True, "no", 3],
+        "1.10": {"on": "x", "2024-01-01": "y"},
+        "null": "no\n",
+        "kept": "é no",
+    }
+
+
+def test_what_stands_for_something_else_in_yaml_still_does() -> None:
+    (log,) = logs("base: &b {lr: 1}\nrun:\n  <<: *b\n  ? rank\n  : no # not yet\n!!str yes: !!bool no\n", "x.yaml")
+    assert log.values == {"base": {"lr": 1}, "run": {"lr": 1, "rank": "no"}, "yes": False}

@@ -144,6 +144,20 @@ def test_an_edit_below_the_line_is_found_at_the_line(
     assert "no copy is at hand to put it back" in aletheia(place, "exp", "lint").out
 
 
+def test_a_lower_half_whose_seal_was_taken_out_is_found(
+    aletheia: Run, place: Workspace, write_record: WriteRecord
+) -> None:
+    file = write_record(place, ONE, {}, "a: 1\nseal: mine\n")
+    shutil.rmtree(file.folder)
+    whole, _, _ = file.path.read_bytes().rpartition(b"seal: ")
+    file.path.write_bytes(whole.replace(b"status: complete", b"status: failed"))
+    said = aletheia(place, "exp", "lint", ONE)
+    assert said.code == 2
+    assert (
+        f"experiments/{ONE}.yaml:3:1: error: carries no seal: the program's half is not as it was written" in said.out
+    )
+
+
 def test_a_damaged_lower_half_is_found_in_its_place(aletheia: Run, place: Workspace) -> None:
     path = place.experiments / f"{ONE}.yaml"
     path.write_text(f"a: 1\n{LINE}\nstatus: complete\nstage: [\n")
@@ -182,21 +196,19 @@ def test_two_files_with_one_id_are_found(aletheia: Run, place: Workspace, write_
     write_record(place, ONE, {}, f"experiment_id: {ONE}\n")
     theirs = place.experiments / f"{ONE}-theirs.yaml"
     shutil.copy(place.experiments / f"{ONE}.yaml", theirs)
-    write_record(place, TWO, {}, f"\ufeffexperiment_id: '{ONE}'\r\n")
+    write_record(place, TWO, {"profile": "another"}, f"\ufeffexperiment_id: '{ONE}'\r\n")
     said = aletheia(place, "exp", "lint")
     assert said.code == 2
     assert said.out.splitlines() == [
         f"experiments/{ONE}-theirs.yaml:1:1: error: `{ONE}-theirs` is no record's name; "
         f"try aletheia exp renumber experiments/{ONE}-theirs.yaml",
         f"experiments/{TWO}.yaml:1:1: error: experiment_id: is {ONE}, the file is {TWO}; try the file's name",
-        *(
-            f"experiments/{name}.yaml:1:1: error: experiments/{ONE}-theirs.yaml has the id {ONE} too; "
-            "try aletheia exp renumber on one of the two"
-            for name in (ONE, TWO)
-        ),
+        f"experiments/{ONE}.yaml:1:1: error: is a copy of experiments/{ONE}-theirs.yaml; try deleting one of the two",
+        f"experiments/{TWO}.yaml:1:1: error: experiments/{ONE}-theirs.yaml has the id {ONE} too; "
+        "try aletheia exp renumber on one of the two",
     ]
     for named in (ONE, f"experiments/{ONE}-theirs.yaml", str(theirs)):
-        assert f"has the id {ONE} too" in aletheia(place, "exp", "lint", named).out
+        assert "is a copy of" in aletheia(place, "exp", "lint", named).out
     write_record(place, THREE)
     assert aletheia(place, "exp", "lint", THREE).code == 0  # another's mistake is not its own
 

@@ -446,3 +446,34 @@ def test_repair_leaves_a_run_that_is_being_taken_up_again(
     assert "left as it is: is running" in said.out
     assert file.path.read_bytes() == before
     assert "closed as failed" in aletheia(place, "exp", "repair").out
+
+
+def test_a_copy_is_refused_and_changes_no_reference(place: Workspace, write_record: WriteRecord) -> None:
+    """Renumbered, it would claim the outputs of the other, and every reference to them."""
+    write_record(place, ONE, {}, f"experiment_id: {ONE}\n")
+    copy = place.experiments / f"{ONE}-theirs.yaml"
+    shutil.copy(place.experiments / f"{ONE}.yaml", copy)
+    before = {path: path.read_bytes() for path in place.experiments.rglob("*") if path.is_file()}
+    for name in (ONE, str(copy)):
+        with pytest.raises(UserError, match="is a copy of .*; try deleting one of the two"):
+            renumber(place, name)
+    assert {path: path.read_bytes() for path in place.experiments.rglob("*") if path.is_file()} == before
+
+
+def test_sync_compares_again_what_could_not_be_compared_when_the_run_ended(
+    aletheia: Run, place: Workspace, write_record: WriteRecord
+) -> None:
+    verdict = {
+        "frozen_at": "then",
+        "criteria": [{"criterion": "a < 1"}],
+        "changed_after_start": ["could not be compared: x"],
+    }
+    file = write_record(place, ONE, {"verdict": verdict}, "success_criteria: [b < 1\n")
+    facts = file.read().facts
+    assert facts is not None
+    file.write(facts)  # waits: the upper half is no YAML
+    file.path.write_text(file.path.read_text().replace("[b < 1", "[b < 1]"))
+    assert aletheia(place, "exp", "sync").code == 0
+    verdict_now = facts_of(file).verdict
+    assert verdict_now is not None
+    assert verdict_now.changed_after_start == ["taken out: a < 1", "added: b < 1"]

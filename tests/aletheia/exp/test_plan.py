@@ -119,7 +119,7 @@ def test_a_profile_that_is_a_file_is_found_again(workspace: Workspace, tmp_path:
 
 
 HEAD = "# my notes\nprofile: small   # tiny's cousin\nstages: [ sft,dpo ]\noverrides: {sft_config.epochs: 1.0}\n"
-TAIL = "# the end 🚀\nnotes:   'a\tb'\n"
+TAIL = "# the end 🚀\nnotes:   'a\tb'\ntags: [ 'a' ,\t'b' ]\n"
 STEPS = {
     "scalar": ("next_steps:\n  - Try rank 64\n  - Rest\n", '{step: "Try rank 64", done: true, promoted_to: %s}'),
     "scalar with a comment": (

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -218,11 +219,30 @@ def test_an_edit_above_the_line_is_no_concern(chain: Workspace) -> None:
     assert not failed(chain)
 
 
-def test_a_record_without_a_seal_is_not_called_true(chain: Workspace) -> None:
-    for path in (chain.experiments / f"{DPO}.yaml", chain.experiments / DPO / "below.yaml"):
-        path.write_bytes(b"".join(line for line in path.read_bytes().splitlines(True) if not line.startswith(b"seal:")))
-    found = [check for check in checked(chain) if (check.record, check.what) == (DPO, "record")]
-    assert [check.finding for check in found] == ["not checked"]
+@pytest.mark.parametrize("above", [b"", b"seal: mine\n"])
+@pytest.mark.parametrize("instead", [b"", b"seal: none\n"])
+def test_a_record_whose_seal_was_taken_out_fails(
+    chain: Workspace, capsys: pytest.CaptureFixture[str], above: bytes, instead: bytes
+) -> None:
+    (chain.experiments / DPO / "below.yaml").unlink()  # as in a clone without it
+    path = chain.experiments / f"{DPO}.yaml"
+    forged = re.sub(rb"(?m)^seal:.*\n", instead, path.read_bytes().replace(b"bytes: 2\n", b"bytes: 3\n"))
+    path.write_bytes(above + forged)
+    assert list(failed(chain)) == [(DPO, "record")]
+    assert failed(chain)[DPO, "record"].startswith("carries no seal")
+    assert not verify(chain, DPO, as_json=False)
+    assert "is NOT what its records say" in capsys.readouterr().out
+
+
+def test_where_nothing_could_be_judged_nothing_is_called_true(
+    chain: Workspace, write_record: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_record(chain, "EXP-2026-01-01-009", facts={"status": "failed", "stage": "eval"})
+    file.path.write_bytes(b"tags: [\n" + file.path.read_bytes())
+    file.write(Facts(status="failed", stage="eval", profile="small"))  # waits beside the file in mid-edit
+    assert not verify(chain, file.id, as_json=False)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"{file.id} cannot be judged: no check could be made; 1 warning, 1 not checked"
 
 
 def test_a_parent_trained_anew_in_place_of_the_one_taken_fails(chain: Workspace, write_record: Write) -> None:

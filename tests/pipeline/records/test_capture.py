@@ -37,13 +37,35 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("github" + "_pat_11ABCDEFG0abcdefghij_klm", "[redacted]"),
         ("AKIA" + "ABCDEFGHIJKLMNOP", "[redacted]"),
         ("https://me:" + "hunter22@host/path", "https://[redacted]@host/path"),
-        ("--set api_key" + "=abcdefgh --port 1", "--set api_key=[redacted] --port 1"),
+        ("--set api_key" + "=abcdefg8 --port 1", "--set api_key=[redacted] --port 1"),
         ('{"password"' + ': "hunter22", "a": 1}', '{"password": "[redacted]", "a": 1}'),
-        ("HF_TOKEN" + "=abcdefgh", "HF_TOKEN=[redacted]"),
+        ("HF_TOKEN" + "=abcdefg8", "HF_TOKEN=[redacted]"),
         ("SECRET_KEY" + " = 'abcdefgh'", "SECRET_KEY = '[redacted]'"),
-        ("aws_secret_access_key" + " = abc/def+ghi", "aws_secret_access_key = [redacted]"),
+        ("aws_secret_access_key" + " = abc/def+gh8", "aws_secret_access_key = [redacted]"),
         ("Authorization" + ": Bearer abcdefgh", "Authorization: Bearer [redacted]"),
         ("authorization" + ": Basic YWJjZGVmZ2g=", "authorization: Basic [redacted]"),
+        ("Authorization" + ": Token abcdefgh", "Authorization: Token [redacted]"),
+        ('{"Authorization"' + ': "Bearer abcdefgh"}', '{"Authorization": "Bearer [redacted]"}'),
+        ("password" + ' = "ab,cdefgh123xyz"  # old', 'password = "[redacted]"  # old'),
+        ("password" + " = 'a \"quoted\" word'", "password = '[redacted]'"),
+        ("password" + ' = "p&ssw0rdlong", 1', 'password = "[redacted]", 1'),
+        ("password" + ' = "escaped\\"quote1"', 'password = "[redacted]"'),
+        ("os.environ['API_KEY'" + "] = 'abcdefgh'", "os.environ['API_KEY'] = '[redacted]'"),
+        ("serve --api-key" + " abcdefg8 --port 1", "serve --api-key [redacted] --port 1"),
+        ("serve --password" + " 'ab cdefg'", "serve --password '[redacted]'"),
+        ("serve --token" + " abcdefgh12345678", "serve --token [redacted]"),
+        ("token" + "=abcdefgh12345678", "token=[redacted]"),
+        ("AIza" + "SyA-1234567890abcdefghijklmnopqrstu", "[redacted]"),
+        ("gl" + "pat-abcdefGHIJ0123456789", "[redacted]"),
+        ("sk_" + "live_abcdefGHIJ0123456789", "[redacted]"),
+        ("npm" + "_abcdefghijABCDEFGHIJ0123456789abcdef", "[redacted]"),
+        ("x: eyJ" + "hbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2ln-bmF0dXJl", "x: [redacted]"),
+        ("postgres" + "://u:p/w@host/db", "postgres://[redacted]@host/db"),
+        ("redis" + "://:hunter22@host", "redis://[redacted]@host"),
+        (
+            "+-----BEGIN RSA " + "PRIVATE KEY-----\n" + "+MIIEow\n" * 9 + "+-----END RSA PRIVATE KEY-----\n",
+            "+-----BEGIN RSA PRIVATE KEY-----[redacted]-----END RSA PRIVATE KEY-----\n",
+        ),
     ],
 )
 def test_secrets_are_redacted_and_what_stands_around_them_is_not(text: str, expected: str) -> None:
@@ -59,10 +81,44 @@ def test_secrets_are_redacted_and_what_stands_around_them_is_not(text: str, expe
         "https://host:8000/v1/models",
         "1234567e8a0b1c2d3e4f5a6b7c8d9e0f1a2b3c4d",
         "me@example.com",
+        "token = tokenizer.eos_token",
+        "token: TokenIds",
+        "token = next_token_ids_of_layer_2",
+        "token: float32",
+        "token = '<|endoftext|>'",
+        "api_key=settings.openai_key",
+        "f(api_key=settings.keys2.openai)",
+        'password=os.environ["X12345"]',
+        'secret = read_secret2("name")',
+        'parser.add_argument("--api-key", help="the key")',
+        "--password PASSWORD --api-key KEY",
+        'headers = {"Authorization": "Bearer " + key}',
+        "Authorization: Bearer <your-token>",
+        'api_key: "${OPENAI_KEY_2}"',
+        "git+https://host:8443/group/project@v1",
+        'if "-----BEGIN PRIVATE KEY-----" in text:',
     ],
 )
 def test_what_is_no_secret_is_left(text: str) -> None:
     assert redact(text) == text
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "password" + "=", "password" + '="', "password" + "='\\", "--secret ", "token" + ":", "token" + "=a.", "://a:",
+        "eyJ", "-eyJ", "eyJ.eyJ", "sk-", "-----BEGIN PRIVATE KEY-----", "-----BEGIN ", "password" + '="{', "a.", "=:",
+        "authorization" + ":", "authorization" + ": basic ", "\\",
+    ],
+)  # fmt: skip
+def test_a_megabyte_of_anything_is_read_through(part: str) -> None:
+    """Quadratic time would be hours."""
+    assert redact("password" + "=" + part * (1_000_000 // len(part)))
+
+
+def test_a_patch_of_code_that_only_names_keys_is_kept_whole(checkout: Path, tmp_path: Path) -> None:
+    (checkout / "code.py").write_text("token = tokenizer.eos_token\nclient = Client(api_key=settings.openai_key)\n")
+    assert "redacted" not in capture.code(tmp_path)["patch"]
 
 
 def test_the_command_is_recorded_without_its_secrets(

@@ -349,7 +349,12 @@ def test_what_changed_after_the_start_is_told_however_small() -> None:
 
 @pytest.mark.parametrize(
     ("guardrail", "finding"),
-    [("latency < 9", "supported"), ("latency < 1", "refuted"), ("gone < 1", "not evaluable"), ("noise < 0.5", "supported")],
+    [
+        ("latency < 9", "supported"),
+        ("latency < 1", "refuted"),
+        ("gone < 1", "not evaluable"),
+        ("noise < 0.5", "supported"),
+    ],
 )
 def test_a_guardrail_can_only_take_away_and_decides_nothing_where_it_is_inconclusive(
     guardrail: str, finding: str
