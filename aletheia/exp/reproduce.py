@@ -20,9 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from aletheia.exp.chain import recorded_rows
 from aletheia.exp.reading import brief, figure, flat, plain
 from aletheia.exp.restore import Restored, restored
-from aletheia.exp.verify import failures, print_checks, recorded_rows
+from aletheia.exp.verify import failures, print_checks
 from aletheia.output import print_json, print_table
 from pipeline.errors import StageFailed, UserError
 from pipeline.progress import say

@@ -22,7 +22,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from aletheia.exp.verify import Chain, Check, Found, failures, lower_half, patches, recorded_rows, training_data
+from aletheia.exp.chain import Chain, Found, lower_half, patches, recorded_rows, training_data
+from aletheia.exp.verify import Check, checked, failures
 from pipeline import yamlio
 from pipeline.errors import UserError
 from pipeline.records import capture
@@ -257,7 +258,7 @@ class Restored:
 
     def _inputs(self, chain: Chain) -> Iterator[Found]:
         for taken, (what, finding, why) in zip(self.facts.lineage.inputs, chain.inputs(self.facts), strict=True):
-            failed = failures(Chain(self.workspace, taken.id).checks()) if finding == "ok" else []
+            failed = failures(checked(self.workspace, taken.id)) if finding == "ok" else []
             if failed:
                 finding, why = "FAILED", f"{failed[0].what}: {failed[0].why}"
             yield what, *(("ok", why) if finding == "ok" else ("FAILED", f"{why}; try aletheia exp verify {taken.id}"))

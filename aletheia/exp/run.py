@@ -10,8 +10,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from aletheia.exp.chain import Rows, recorded_rows
 from aletheia.exp.plan import TAKES, planned_profile, read_plan
-from aletheia.exp.verify import Rows, recorded_rows
 from pipeline.errors import UserError
 from pipeline.profile import as_assignments, load_profile
 from pipeline.progress import say

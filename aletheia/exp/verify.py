@@ -11,50 +11,37 @@ not here.
 """
 
 import hashlib
-import shutil
-import stat
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import ValidationError
-
+from aletheia.exp.chain import (
+    LARGE,
+    MAKES_A_MODEL,
+    Chain,
+    Finding,
+    Found,
+    differs,
+    lower_half,
+    not_plain,
+    patches,
+    recorded_rows,
+    training_data,
+    within,
+)
 from aletheia.output import print_json, print_table
-from pipeline import data
 from pipeline.chat import CONTRACT_FILE, Contract
-from pipeline.config import TrainingData
 from pipeline.errors import UserError
-from pipeline.progress import Progress, say
+from pipeline.progress import Progress
 from pipeline.records import find
-from pipeline.records.file import Reading, RecordFile
-from pipeline.records.ids import ID
+from pipeline.records.file import RecordFile
 from pipeline.records.lifecycle import liveness
-from pipeline.records.schema import Facts, Input
+from pipeline.records.schema import Facts
 from pipeline.workspace import Workspace
-
-LARGE = 200_000_000  # bytes; hashing more than this takes seconds, and is shown
-MAKES_A_MODEL = ("sft", "dpo", "merge")
-# stage → the record's block of rows → the rows on disk: held-out rows are judged by eval, too
-ROWS = {
-    "sft": {"train": "sft.train", "held_out": "sft.held_out"},
-    "dpo": {"train": "dpo.train", "held_out": "dpo.held_out"},
-    "data": {p: p for p in ("sft.train", "sft.held_out", "dpo.train", "dpo.held_out", "questions", "choices")},
-    "eval": {"conversations": "sft.held_out", "pairs": "dpo.held_out", "questions": "questions"},
-}
-KINDS: dict[str, type[data.Row]] = {
-    "sft": data.Conversation,
-    "dpo": data.PreferencePair,
-    "questions": data.Question,
-    "choices": data.MultipleChoice,
-}
-
-Finding = Literal["ok", "FAILED", "warning", "not checked"]
-Found = tuple[str, Finding, str]  # what was checked, what was found, why
 
 
 @dataclass(frozen=True)
@@ -66,14 +53,17 @@ class Check:
 
 
 def verify(workspace: Workspace, exp: str, as_json: bool) -> bool:
-    """Prints every check; False when one failed or nothing could be judged. Raises `UserError` for a plan, which has nothing to check."""
+    """Prints every check; False when one failed or nothing could be judged.
+
+    Raises `UserError` for a plan, which has nothing to check.
+    """
     file = find.named(workspace, exp)
     reading = file.read()
     if reading.facts is None and reading.damage is None:
         raise UserError(
             "is a plan: nothing has run", where=workspace.shown(file.path), remedy=f"make run EXP={file.id}"
         )
-    checks = Chain(workspace, file.id).checks()
+    checks = checked(workspace, file.id)
     counts = Counter(check.finding for check in checks)
     true = bool(counts["ok"]) and not counts["FAILED"]
     if as_json:
@@ -113,33 +103,30 @@ def _closing(experiment_id: str, checks: Sequence[Check]) -> str:
     return f"{experiment_id} {sentence}{f'; {rest}' if rest else ''}"
 
 
-class Chain:
-    """The records from one down to the base, each read once and not written, and what can be checked of them."""
+def checked(workspace: Workspace, experiment_id: str) -> list[Check]:
+    """Every check of a record and of all that it builds on."""
+    return _Checks(Chain(workspace, experiment_id)).all()
 
-    def __init__(self, workspace: Workspace, start: str) -> None:
-        self.workspace, self.start = workspace, start
-        self.rows = Rows(workspace)
-        self.records: dict[str, Reading | UserError] = {}
-        self._bases: dict[tuple[str, str | None], tuple[str | None, str]] = {}
-        waiting = [start]
-        for experiment_id in waiting:  # grows on the way
-            if experiment_id not in self.records:
-                self.records[experiment_id] = self._read(experiment_id)
-                waiting += self._builds_on(experiment_id)
+
+class _Checks:
+    """What can be checked of a chain of records."""
+
+    def __init__(self, chain: Chain) -> None:
+        self.chain, self.workspace = chain, chain.workspace
         self._hashing = _Hashing(sum(path.stat().st_size for path in self._plain_artifacts()))
 
-    def checks(self) -> list[Check]:
+    def all(self) -> list[Check]:
         try:
-            TopologicalSorter({i: self._builds_on(i) for i in self.records}).prepare()
+            TopologicalSorter({i: self.chain.builds_on(i) for i in self.chain.records}).prepare()
         except CycleError as error:
-            circle = [Check(self.start, "lineage", "FAILED", f"goes in a circle: {' → '.join(error.args[1])}")]
+            circle = [Check(self.chain.start, "lineage", "FAILED", f"goes in a circle: {' → '.join(error.args[1])}")]
         else:
             circle = []
         with self._hashing:
-            return circle + [Check(i, *found) for i in self.records for found in self._found(i)]
+            return circle + [Check(i, *found) for i in self.chain.records for found in self._found(i)]
 
     def _found(self, experiment_id: str) -> Iterator[Found]:
-        reading = self.records[experiment_id]
+        reading = self.chain.records[experiment_id]
         if isinstance(reading, UserError):
             yield "record", "FAILED", str(reading)
             return
@@ -148,62 +135,14 @@ class Chain:
             return
         yield from self._output(experiment_id, reading.facts)
         yield from self._contract(experiment_id, reading.facts)
-        yield from self.inputs(reading.facts)
-        yield from self.base(reading.facts)
+        yield from self.chain.inputs(reading.facts)
+        yield from self.chain.base(reading.facts)
         yield from self._rows_on_disk(reading.facts)
         yield from patches(self.workspace, experiment_id, reading.facts)
 
-    def inputs(self, facts: Facts) -> Iterator[Found]:
-        """What was taken from each parent against what the parent made."""
-        for taken in facts.lineage.inputs:
-            parent = self.facts(taken.id)
-            if parent is None:
-                yield f"input {taken.id}", "not checked", "its record cannot be read"
-                continue
-            wrong = next(self._wrong_input(facts, taken, parent), None)
-            yield f"input {taken.id}", "FAILED" if wrong else "ok", wrong or f"what that {parent.stage} made"
-
-    def base(self, facts: Facts) -> Iterator[Found]:
-        """The base's weights as they are now against those that were recorded."""
-        base = facts.lineage.base
-        if base is None:
-            if facts.stage in MAKES_A_MODEL:
-                yield "base", "not checked", "the record names none"
-            return
-        name, revision, recorded = base.get("name"), base.get("revision"), base.get("sha256")
-        what = f"base {name}"
-        if not isinstance(name, str) or not isinstance(revision, str | None):
-            yield "base", "not checked", "the record does not name it in words"
-        elif not isinstance(recorded, str):
-            yield what, "not checked", "the record holds no hash of it"
-        else:
-            now, why = self._base_now(name, revision)
-            if now is None:
-                yield what, "not checked", why
-            elif now == recorded:
-                yield what, "ok", f"sha256 {now[:12]}"
-            else:
-                yield what, "FAILED", f"its weights in {why} are others now: {now[:12]}, then {recorded[:12]}"
-
-    def facts(self, experiment_id: str) -> Facts | None:
-        reading = self.records.get(experiment_id)
-        return reading.facts if isinstance(reading, Reading) else None
-
-    def _read(self, experiment_id: str) -> Reading | UserError:
-        try:
-            if not ID.fullmatch(experiment_id):
-                raise UserError(f"{experiment_id!r} is no record's id")
-            return find.named(self.workspace, experiment_id).read()
-        except UserError as error:
-            return error
-
-    def _builds_on(self, experiment_id: str) -> list[str]:
-        facts = self.facts(experiment_id)
-        return [taken.id for taken in facts.lineage.inputs] + facts.lineage.children if facts else []
-
     def _plain_artifacts(self) -> Iterator[Path]:
-        for experiment_id in self.records:
-            facts, home = self.facts(experiment_id), self.workspace.checkpoints / experiment_id
+        for experiment_id in self.chain.records:
+            facts, home = self.chain.facts(experiment_id), self.workspace.checkpoints / experiment_id
             for artifact in facts.artifacts if facts else ():
                 path = self.workspace.root / artifact.path
                 if not not_plain(path, home):
@@ -220,9 +159,9 @@ class Chain:
         folders: dict[Path, set[Path]] = {}
         for artifact in facts.artifacts:
             path = self.workspace.root / artifact.path
-            wrong = not_plain(path, home) or _differs(path, artifact.sha256, self._hashing.sha256)
+            wrong = not_plain(path, home) or differs(path, artifact.sha256, self._hashing.sha256)
             yield artifact.path, "FAILED" if wrong else "ok", wrong or f"sha256 {artifact.sha256[:12]}"
-            if _inside(path, home):
+            if within(path, home):
                 folders.setdefault(home / path.relative_to(home).parts[0], set()).add(path)
         for folder, named in folders.items():
             strangers = sorted(p for p in folder.rglob("*") if p not in named and (p.is_symlink() or not p.is_dir()))
@@ -234,33 +173,6 @@ class Chain:
                 )
             if not strangers:
                 yield self.workspace.shown(folder), "ok", "holds nothing else"
-
-    def _wrong_input(self, facts: Facts, taken: Input, parent: Facts) -> Iterator[str]:
-        made = find.combined(parent.artifacts)
-        if parent.status != "complete":
-            yield f"is {liveness(parent)}, not complete"
-        if parent.stage != taken.stage:
-            yield f"is a {parent.stage} now, was a {taken.stage} then"
-        if made != taken.sha256:
-            yield f"what it made is not what was taken: {made[:12]}, taken {taken.sha256[:12]}"
-        bases = [(f.lineage.base or {}).get("sha256") for f in (facts, parent)]
-        if all(bases) and bases[0] != bases[1]:
-            yield "stands on another base"
-        contracts = [f.data.get("contract") for f in (facts, parent)]
-        if all(contracts) and contracts[0] != contracts[1]:
-            yield "has another chat contract"
-
-    def _base_now(self, name: str, revision: str | None) -> tuple[str | None, str]:
-        """The hash, and the folder or why there is none."""
-        key = (name, revision)
-        if key not in self._bases:
-            folder = _base_folder(self.workspace, name, revision)
-            self._bases[key] = (
-                (None, "is neither a folder nor in the hub's local cache")
-                if folder is None
-                else _identity(name, folder)
-            )
-        return self._bases[key]
 
     def _contract(self, experiment_id: str, facts: Facts) -> Iterator[Found]:
         home = self.workspace.checkpoints / experiment_id
@@ -285,7 +197,7 @@ class Chain:
     def _rows_on_disk(self, facts: Facts) -> Iterator[Found]:
         for part, then in recorded_rows(facts).items():
             try:
-                now = self.rows.describe(training_data(facts), part)
+                now = self.chain.rows.describe(training_data(facts), part)
             except UserError as error:
                 yield f"rows {part}", "warning", f"those of then are not there: {error}"
                 continue
@@ -293,88 +205,6 @@ class Chain:
                 yield f"rows {part}", "ok", f"{now['rows']} rows, sha256 {now['sha256'][:12]}"
             else:
                 yield f"rows {part}", "warning", f"are others now: {now['rows']} rows, then {then.get('rows')}"
-
-
-class Rows:
-    """Rows on disk, described as records describe them; each file is read once."""
-
-    def __init__(self, workspace: Workspace) -> None:
-        self.workspace = workspace
-        self._read: dict[tuple[str, str], list[data.Row]] = {}
-
-    def describe(self, paths: TrainingData, part: str) -> dict[str, Any]:
-        """`part`: sft.train, …, questions. Raises `UserError` where they cannot be read."""
-        source, _, end = part.partition(".")
-        path = getattr(paths, source) if end else f"{paths.eval}/{source}"
-        if (path, source) not in self._read:
-            self._read[path, source] = data.read_rows(self.workspace, path, KINDS[source])
-        rows = self._read[path, source]
-        if end:
-            train, held_out = data.split(rows, paths.validation)
-            rows = train if end == "train" else held_out
-        return data.describe(rows)
-
-
-def recorded_rows(facts: Facts) -> dict[str, dict[str, Any]]:
-    """What a record says of the rows it used, by their part: sft.train, …, questions."""
-    found = {}
-    for path, part in ROWS.get(facts.stage, {}).items():
-        block: Any = facts.data
-        for key in path.split("."):
-            block = block.get(key) if isinstance(block, dict) else None
-        if isinstance(block, dict) and isinstance(block.get("sha256"), str):
-            found[part] = block
-    return found
-
-
-def training_data(facts: Facts) -> TrainingData:
-    """Where the rows stood. Raises `UserError` when the configuration does not say so in today's words."""
-    try:
-        return TrainingData.model_validate(facts.configuration.get("training_data"))
-    except ValidationError:
-        raise UserError("its configuration names no training_data that this version reads") from None
-
-
-def patches(workspace: Workspace, experiment_id: str, facts: Facts) -> Iterator[Found]:
-    """The code's patch, and those of the parts of the run before it was resumed."""
-    code: Any = facts.code
-    home = workspace.experiments / experiment_id
-    while isinstance(code, dict):
-        patch = code.get("patch")
-        if isinstance(patch, dict):
-            path, recorded = workspace.experiments / str(patch.get("path")), str(patch.get("sha256"))
-            wrong = not_plain(path, home) or _differs(path, recorded, find.sha256)
-            yield workspace.shown(path), "FAILED" if wrong else "ok", wrong or f"sha256 {recorded[:12]}"
-        code = code.get("before_resume")
-
-
-def not_plain(path: Path, home: Path) -> str | None:
-    """Why a file that a record names is not to be read: it is outside `home`, behind a link, gone, or no plain file."""
-    if not _inside(path, home):
-        return f"is not in {home.parent.name}/{home.name}, and not read"
-    try:
-        inside = path
-        while inside != home:
-            if inside.is_symlink():
-                return "is a symbolic link, and not followed" if inside == path else "lies behind a symbolic link"
-            inside = inside.parent
-        return None if stat.S_ISREG(path.lstat().st_mode) else "is no plain file"
-    except (FileNotFoundError, NotADirectoryError):
-        return "is gone"
-    except (OSError, ValueError) as error:
-        return f"cannot be read: {error}"
-
-
-def _differs(path: Path, recorded: str, sha256: Callable[[Path], str]) -> str | None:
-    try:
-        now = sha256(path)
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    return None if now == recorded else f"was changed since: sha256 {now[:12]} now, {recorded[:12]} then"
-
-
-def _inside(path: Path, home: Path) -> bool:
-    return path != home and path.is_relative_to(home) and ".." not in path.parts
 
 
 class _Hashing:
@@ -402,56 +232,3 @@ class _Hashing:
                 if self.progress:
                     self.progress.advance(self.done // 10**6, path.name)
         return digest.hexdigest()
-
-
-def lower_half(file: RecordFile, reading: Reading) -> Found:
-    if reading.damage or reading.facts is None:
-        return "record", "FAILED", str(reading.damage or "is a plan: nothing has run")
-    if reading.edited:
-        return "record", "FAILED", reading.edited
-    if reading.pending:
-        return "record", "warning", "the program's half waits beside the file; aletheia exp sync completes it"
-    if _elsewhere(file).edited:
-        return "record", "FAILED", "was edited below the line, and the copy beside it with it: the seal is broken"
-    if not reading.sealed:
-        return "record", "FAILED", "carries no seal: the program's half is not as it was written"
-    return "record", "ok", "as the program wrote it"
-
-
-def _elsewhere(file: RecordFile) -> Reading:
-    """As another checkout reads it: by its seal alone, with no copy to vouch for it."""
-    with TemporaryDirectory() as folder:
-        return RecordFile(Path(shutil.copy(file.path, folder))).read()
-
-
-def _base_folder(workspace: Workspace, name: str, revision: str | None) -> Path | None:
-    """Where the base is on this machine; nothing is fetched."""
-    if name == "tiny":
-        from pipeline.tiny import tiny_base
-
-        return tiny_base()
-    local = workspace.path(name)
-    if local.is_dir():
-        return local
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except Exception:  # not there, or no name that a hub could know
-        return None
-
-
-def _identity(name: str, folder: Path) -> tuple[str | None, str]:
-    from pipeline.model import Base
-
-    weights = list(folder.glob("*.safetensors"))
-    size = sum(path.stat().st_size for path in weights)
-    if not weights:
-        return None, f"{folder} holds no weights"
-    if size >= LARGE:
-        say(f"hashing the base {name}  {size / 1e9:.1f} GB")
-    try:
-        base = Base(name, None, folder, device="cpu", dtype=None, quantization="none", trust_remote_code=False)
-        return base.identity()["sha256"], str(folder)
-    except OSError as error:
-        return None, f"{error.filename} cannot be read: {error.strerror}"

@@ -31,10 +31,9 @@ _KEY = r"""(?i:(?:api|access|secret|private)[_-]?key | (?:api|access|auth|hf|hub
 _IS = r"""["']?\]?[ \t]*[=:]{1,2}[ \t]*"""  # key = value, key: value, "key": value, x["key"] = value
 _GIVEN = rf"(?:{_KEY}{_IS} | (?<=-){_KEY}[ \t]+)"  # the latter: --key value
 _NAME = r"[A-Za-z_]\w*+"
-_NO_CODE = (
-    rf"""(?!{_NAME}(?:\.{_NAME})++(?=[\s"',&)\]}}:;]|\Z) | {_NAME}(?:\.{_NAME})*+[\[(])"""  # a.name, a call, an item
-)
-_NO_PLACE = r"""(?!(?:\$?\{[^"'\n]{0,200}\} | <[^"'\n]{0,200}>)(?:[\s"']|\Z))"""  # {name}, ${name}, <name>
+_NO_PLACEHOLDER = r"""(?!(?:\$?\{[^"'\n]{0,200}\} | <[^"'\n]{0,200}>)(?:[\s"']|\Z))"""  # {name}, ${name}, <name>
+_NO_CODE = rf"""{_NO_PLACEHOLDER}  # nor a.name, a call, an item
+    (?!{_NAME}(?:\.{_NAME})++(?=[\s"',&)\]}}:;]|\Z) | {_NAME}(?:\.{_NAME})*+[\[(])"""
 _HAS_DIGIT = r"""(?=[^\s"',&\d]{0,200}\d)"""
 _SECRETS = {  # what stands before the secret, and stays, is the group `keep`
     name: re.compile(pattern, re.VERBOSE)
@@ -55,12 +54,13 @@ _SECRETS = {  # what stands before the secret, and stays, is the group `keep`
         )""",
         "authorization": rf"""(?P<keep>(?i:authorization){_IS} ["']? (?i:bearer|basic|token|digest)[ \t]+)
             [^\s"',&<{{$][^\s"',&]{{5,}}""",
-        "quoted": rf"""(?P<keep>{_GIVEN} [bru]? (?P<quote>["'])) {_NO_PLACE}
+        "quoted": rf"""(?P<keep>{_GIVEN} [bru]? (?P<quote>["'])) {_NO_PLACEHOLDER}
             (?:\\. | (?!(?P=quote))[^\\\n]){{6,}}+ (?=(?P=quote))""",
-        "unquoted": rf"""(?P<keep>{_GIVEN} ["']?) {_NO_PLACE}{_NO_CODE}{_HAS_DIGIT} [^\s"',&]{{6,}}""",
+        "unquoted": rf"""(?P<keep>{_GIVEN} ["']?) {_NO_CODE}{_HAS_DIGIT} [^\s"',&]{{6,}}""",
         # the words that have other meanings, too: what follows must look like a key
         "token": rf"""(?P<keep>(?i:\btoken|\bauthorization) (?:{_IS} | (?<=-token)[ \t]+) ["']?)
-            {_NO_PLACE}{_NO_CODE}{_HAS_DIGIT} (?=[^\s"',&A-Za-z]{{0,200}}[A-Za-z]) (?![a-z]+_\w*+(?![^\s"',&)])) [^\s"',&]{{16,}}""",
+            {_NO_CODE}{_HAS_DIGIT} (?=[^\s"',&A-Za-z]{{0,200}}[A-Za-z]) (?![a-z]+_\w*+(?![^\s"',&)]))
+            [^\s"',&]{{16,}}""",
     }.items()
 }
 

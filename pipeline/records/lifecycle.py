@@ -324,6 +324,9 @@ def _add_up(earlier: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, An
         total[block] = now[block] | {
             key: float(f"{_amount(earlier.get(block), key) + now[block][key]:.3g}") for key in keys
         }
+    before = earlier.get("cost")
+    if isinstance(before, dict) and before.get("currency", now["cost"]["currency"]) != now["cost"]["currency"]:
+        total["cost"] = now["cost"] | {"before_resume": before}  # two currencies do not add up
     return total
 
 

@@ -72,7 +72,8 @@ def test_a_resume_with_the_same_overrides_typed_again_goes_on(job: MakeJob, halt
     ("assignments", "key", "now", "then"),
     [
         (["sft_config.epochs=4.0", "cost.currency=€😀"], "sft_config.epochs", "4.0", "3.0"),
-        (["sft_config.epochs=3.0"], "cost.currency", "'USD'", "'€😀'"),
+        (["cost.currency=€😀"], "sft_config.epochs", "2.0", "3.0"),
+        (["sft_config.epochs=3.0", "seed=7"], "seed", "7", "42"),
     ],
 )
 def test_a_resume_with_another_configuration_is_refused_by_key(
@@ -84,6 +85,11 @@ def test_a_resume_with_another_configuration_is_refused_by_key(
     ):
         run_stage(Halting, job(*assignments, resume=True))
     assert halted.path.read_bytes() == before
+
+
+@pytest.mark.parametrize("assignment", ["cost.gpu_hour=3.0", "dpo_config.beta=0.3", "eval_config.limit=2"])
+def test_what_the_stage_does_not_depend_on_may_differ(job: MakeJob, halted: RecordFile, assignment: str) -> None:
+    assert run_stage(Halting, job("sft_config.epochs=3.0", assignment, resume=True)).id == halted.id
 
 
 def test_a_resume_after_the_profile_was_edited_is_refused(

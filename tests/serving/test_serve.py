@@ -196,5 +196,5 @@ def test_only_a_complete_record_of_a_servable_stage_is_served(copied: "Trained")
     copied.record("dpo").write(facts)
     with pytest.raises(UserError, match="is failed, not complete"):
         servable(copied.job(source=copied.dpo))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="there is no record"):
         servable(copied.job(source="EXP-2000-01-01-001"))

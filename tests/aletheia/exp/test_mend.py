@@ -455,7 +455,7 @@ def test_a_copy_is_refused_and_changes_no_reference(place: Workspace, write_reco
     shutil.copy(place.experiments / f"{ONE}.yaml", copy)
     before = {path: path.read_bytes() for path in place.experiments.rglob("*") if path.is_file()}
     for name in (ONE, str(copy)):
-        with pytest.raises(UserError, match="is a copy of .*; try deleting one of the two"):
+        with pytest.raises(UserError, match="is a copy of experiments"):
             renumber(place, name)
     assert {path: path.read_bytes() for path in place.experiments.rglob("*") if path.is_file()} == before
 

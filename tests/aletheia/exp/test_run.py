@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Self
 
 import pytest
 
+from aletheia.exp.chain import Rows
 from aletheia.exp.plan import plan
 from aletheia.exp.run import TAKES, run
-from aletheia.exp.verify import Rows
 from pipeline.errors import Interrupted, StageFailed, UserError
 from pipeline.records import find
 from pipeline.records.file import LINE, RecordFile

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from aletheia.exp.verify import Chain, Check, failures, verify
+from aletheia.exp.verify import Check, failures, verify
+from aletheia.exp.verify import checked as checks_of
 from pipeline import data
 from pipeline.chat import Contract
 from pipeline.config import Profile
@@ -97,7 +98,7 @@ def _write_true(place: Workspace, write: Write, experiment_id: str, stage: str, 
 
 
 def checked(place: Workspace, experiment_id: str = MERGE) -> list[Check]:
-    return Chain(place, experiment_id).checks()
+    return checks_of(place, experiment_id)
 
 
 def failed(place: Workspace, experiment_id: str = MERGE) -> dict[tuple[str, str], str]:
@@ -239,7 +240,7 @@ def test_where_nothing_could_be_judged_nothing_is_called_true(
 ) -> None:
     file = write_record(chain, "EXP-2026-01-01-009", facts={"status": "failed", "stage": "eval"})
     file.path.write_bytes(b"tags: [\n" + file.path.read_bytes())
-    file.write(Facts(status="failed", stage="eval", profile="small"))  # waits beside the file in mid-edit
+    file.write(Facts(status="cancelled", stage="eval", profile="small"))  # waits beside the file in mid-edit
     assert not verify(chain, file.id, as_json=False)
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"{file.id} cannot be judged: no check could be made; 1 warning, 1 not checked"
@@ -431,7 +432,8 @@ def test_a_plan_has_nothing_to_check(chain: Workspace, write_record: Write) -> N
 def test_hashing_much_shows_how_far_it_is(
     chain: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("aletheia.exp.verify.LARGE", 1)
+    for module in ("chain", "verify"):  # the base, the artifacts
+        monkeypatch.setattr(f"aletheia.exp.{module}.LARGE", 1)
     assert not failed(chain)
     said = capsys.readouterr().err
     assert "hashing  0/0 megabytes" in said

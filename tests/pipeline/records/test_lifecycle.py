@@ -263,6 +263,18 @@ def test_the_resources_of_a_resumed_run_are_those_of_all_its_parts(opened: Open)
     assert now["energy"]["how"]
 
 
+def test_amounts_in_two_currencies_are_not_added_up(opened: Open) -> None:
+    with pytest.raises(StageFailed), opened() as first:
+        raise StageFailed("no")
+    facts = read(first)
+    facts.resources["cost"] = {"amount": 3.0, "currency": "EUR"}
+    first.file.write(facts)
+    with opened(file=first.file):
+        pass
+    cost = read(first).resources["cost"]
+    assert cost == {"amount": 0.0, "currency": "USD", "before_resume": {"amount": 3.0, "currency": "EUR"}}
+
+
 @pytest.mark.parametrize("resources", [{"wall_seconds": "long", "energy": 5, "cost": {"amount": None}}, {"energy": {}}])
 def test_a_resume_counts_what_a_damaged_record_still_knows(opened: Open, resources: dict[str, Any]) -> None:
     with pytest.raises(StageFailed), opened() as first:
