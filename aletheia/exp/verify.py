@@ -70,8 +70,18 @@ def verify(workspace: Workspace, exp: str, as_json: bool) -> bool:
         print_json({"id": file.id, "true": true, "counts": counts, "checks": [asdict(check) for check in checks]})
     else:
         print_checks(checks)
-        print(f"\n{_closing(file.id, checks)}")
+        state = _unfinished(file)
+        print(
+            f"\n{_closing(file.id, checks)}{f'; it is {state}: nothing finished is vouched for' if true and state else ''}"
+        )
     return true
+
+
+def _unfinished(file: RecordFile) -> str | None:
+    """The state of a record that has no finished output to verify."""
+    facts = file.read().facts
+    state = liveness(facts) if facts else "complete"
+    return None if state == "complete" else state
 
 
 def failures(checks: Sequence[Check]) -> list[Check]:
