@@ -192,8 +192,8 @@ def _refer(
             before = theirs.model_dump()
             if not twins:
                 theirs = _renamed(theirs, old, new)
-            elif facts:
-                _repoint(theirs, other.id, old, new, facts, twins)
+            elif facts and not _repoint(theirs, other.id, old, new, facts, twins):
+                say(f"note: {shown}: names {old} below the line; which of the two is meant cannot be told")
             if theirs.model_dump() != before:
                 other.write(theirs)
                 say(f"{shown}: refers to {new} now")
@@ -208,21 +208,31 @@ def _refer(
         say(f"note: {error}; its references to {old} are left as they are")
 
 
-def _repoint(theirs: Facts, their_id: str, old: str, new: str, facts: Facts, twins: Sequence[RecordFile]) -> None:
-    """Where two records bear the id: by the hash of what was taken, or because the two name each other."""
+def _repoint(theirs: Facts, their_id: str, old: str, new: str, facts: Facts, twins: Sequence[RecordFile]) -> bool:
+    """Where two records bear the id: by the hash of what was taken, or because the two name each other.
+
+    False where a reference fits both or neither, and is left.
+    """
     others = [known for twin in twins if (known := twin.facts()) is not None]
-    digest = find.combined(facts.artifacts)
-    for taken in theirs.lineage.inputs:
-        if taken.id == old and taken.sha256 == digest and all(find.combined(t.artifacts) != digest for t in others):
+    told: list[bool] = []
+
+    def ours(fits: bool, fits_another: bool) -> bool:
+        told.append(fits != fits_another)
+        return fits and not fits_another
+
+    lineage, digests = theirs.lineage, [find.combined(t.artifacts) for t in others]
+    for taken in lineage.inputs:
+        if taken.id == old and ours(taken.sha256 == find.combined(facts.artifacts), taken.sha256 in digests):
             taken.id, taken.path = new, taken.path.replace(old, new)
-    if theirs.lineage.parent == old and _only(their_id, facts.lineage.children, [t.lineage.children for t in others]):
-        theirs.lineage.parent = new
-    if facts.lineage.parent == their_id and all(t.lineage.parent != their_id for t in others):
-        theirs.lineage.children = [new if child == old else child for child in theirs.lineage.children]
-
-
-def _only(name: str, ours: Sequence[str], others: Sequence[Sequence[str]]) -> bool:
-    return name in ours and not any(name in names for names in others)
+    if lineage.parent == old and ours(
+        their_id in facts.lineage.children, any(their_id in t.lineage.children for t in others)
+    ):
+        lineage.parent = new
+    if old in lineage.children and ours(
+        facts.lineage.parent == their_id, any(t.lineage.parent == their_id for t in others)
+    ):
+        lineage.children = [new if child == old else child for child in lineage.children]
+    return all(told)
 
 
 def _move_folders(workspace: Workspace, old: str, new: str) -> None:

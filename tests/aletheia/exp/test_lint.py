@@ -24,7 +24,7 @@ def test_clean_records_give_nothing(aletheia: Run, place: Workspace, write_recor
     verdict = {"frozen_at": "then", "criteria": [{"criterion": "a < 1"}]}
     write_record(place, ONE, {"verdict": verdict, "lineage": {"parent": TWO}}, GOOD)
     write_record(place, TWO, {"stage": "pipeline", "lineage": {"children": [ONE]}}, f"# mine\nrelated: [{ONE}]\n")
-    write_record(place, THREE, None, f"stages: [dpo]\nprofile: small\nfrom: {ONE}\n")
+    write_record(place, THREE, None, f"stages: [dpo]\nprofile: small\nfrom: {ONE}\nrelated: [{THREE}]\n")
     said = aletheia(place, "exp", "lint")
     assert (said.code, said.out, said.err) == (0, "", "3 records, 0 errors, 0 warnings\n")
     said = aletheia(place, "exp", "lint", "--json")

@@ -297,6 +297,35 @@ def test_the_other_one_of_two_may_be_renumbered_as_well(place: Workspace, write_
     assert (place.experiments / f"{DAY}-005").is_dir()
 
 
+def test_a_reference_that_fits_both_or_neither_is_named_and_left(
+    aletheia: Run, place: Workspace, write_record: WriteRecord
+) -> None:
+    same = weights(place, ONE, "same")
+    facts = {
+        "artifacts": [one.model_dump() for one in same],
+        "lineage": {"parent": THREE, "children": [FOUR]},
+    }
+    write_record(place, ONE, facts, f"experiment_id: {ONE}\n")
+    write_record(place, f"{ONE}-theirs", facts | {"results": {"steps": 1}}, f"experiment_id: {ONE}\n")
+    other = [one.model_copy(update={"sha256": sha256(b"other").hexdigest()}) for one in same]
+    records = [
+        write_record(place, TWO, {"lineage": {"inputs": [taken(ONE, same)]}}),
+        write_record(place, f"{DAY}-005", {"lineage": {"inputs": [taken(ONE, other)]}}),
+        write_record(place, THREE, {"stage": "pipeline", "lineage": {"children": [ONE]}}),
+        write_record(place, FOUR, {"lineage": {"parent": ONE}}),
+        write_record(place, f"{DAY}-006", {"stage": "pipeline", "lineage": {"children": [ONE]}}),
+    ]
+    (place.experiments / f"{DAY}-007.yaml").mkdir()  # which hinders nothing
+    before = [file.path.read_bytes() for file in records]
+    said = aletheia(place, "exp", "renumber", ONE)
+    assert said.code == 0
+    assert [file.path.read_bytes() for file in records] == before
+    for file in records:
+        assert f"{file.path.name}: names {ONE} below the line; which of the two is meant cannot be told" in said.err, (
+            file.id
+        )
+
+
 def test_a_copy_that_ran_under_its_own_name_is_no_twin(place: Workspace, write_record: WriteRecord) -> None:
     """`cp` made TWO of ONE, and the id inside was forgotten: what ran since is TWO's, and ONE is another record."""
     write_record(place, ONE, {}, f"experiment_id: {ONE}\n")
