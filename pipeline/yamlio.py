@@ -15,7 +15,8 @@ import yaml
 MAX_BYTES = 8 * 1024 * 1024
 MAX_DEPTH = 40
 MAX_BITS = 14_000  # of an integer: Python prints up to 4,300 digits
-MAX_ALIASES = 10  # so few cannot multiply into anything large
+MAX_NODES = 300_000  # values, aliases counted as what they stand for: about two seconds
+MAX_ALIASES = 10
 
 _FLOAT = re.compile(
     r"^[-+]?(\d+\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d{1,3}[eE][-+]?\d{1,3}|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
@@ -162,17 +163,23 @@ def surprises(text: str) -> list[Surprise]:
 
 
 def _refuse_bombs(text: str) -> None:
-    depth = aliases = 0
+    aliases = nodes = 0
+    opened: list[tuple[str | None, int]] = []  # collections: their anchor, and the nodes before them
+    sizes: dict[str | None, int] = {}  # of what has an anchor, with all that its own aliases stand for
     for event in yaml.parse(text, Loader=yaml.CSafeLoader):
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        elif isinstance(event, yaml.AliasEvent):
+        if isinstance(event, yaml.AliasEvent):
             aliases += 1
-        if depth > MAX_DEPTH or aliases > MAX_ALIASES:
+            nodes += sizes.get(event.anchor, 1)
+        elif isinstance(event, yaml.NodeEvent):
+            nodes += 1
+        if isinstance(event, yaml.CollectionStartEvent):
+            opened.append((event.anchor, nodes - 1))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = opened.pop()
+            sizes[anchor] = nodes - before
+        if len(opened) > MAX_DEPTH or aliases > MAX_ALIASES or nodes > MAX_NODES:
             mark = event.start_mark
-            raise YamlError("nested too deeply or too many aliases", mark.line + 1 if mark else 1)
+            raise YamlError("nested too deeply or too many aliases or values", mark.line + 1 if mark else 1)
 
 
 def _collect_marks(node: yaml.Node, at: KeyPath, marks: dict[KeyPath, yaml.Mark]) -> None:

@@ -181,3 +181,12 @@ def test_a_number_too_long_to_print_is_refused_at_its_place() -> None:
     with pytest.raises(YamlError, match="is no int") as refused:
         yamlio.load(f"a: 1\nb: 0x{'f' * 5000}\n")
     assert (refused.value.line, refused.value.column) == (2, 4)
+
+
+def test_aliases_count_as_what_they_stand_for() -> None:
+    """Ten aliases of a large list, one inside the other, are a bomb too."""
+    ones = ", ".join(["1"] * 1000)
+    text = f"a: &a [{ones}]\nb: &b [{', '.join(['*a'] * 4)}]\nc: &c [{', '.join(['*b'] * 4)}]\n"
+    yamlio.load(text + "d: 1\n")
+    with pytest.raises(YamlError, match="nested too deeply or too many aliases or values"):
+        yamlio.load(text.replace(ones, ", ".join(["1"] * 20_000)))
