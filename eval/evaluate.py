@@ -25,6 +25,7 @@ from pipeline.model import Base
 from pipeline.progress import say
 from pipeline.records import find, items
 from pipeline.records.lifecycle import Record
+from pipeline.records.metrics import benchmark_is_lower_better
 from pipeline.records.schema import Input
 from pipeline.stage import Job, Source
 from serving.serve import load_source, model_name, servable
@@ -119,7 +120,8 @@ class Evaluate:
             gained = sum(a > b for b, a in zip(before, after, strict=True))
             lost = sum(a < b for b, a in zip(before, after, strict=True))
             p_value = statistics.sign_test(gained, lost)  # on 0/1 items: McNemar's exact test
-            say(f"{name} {scores.metric} {change.before.text()} → {change.after.text()}: {change.verdict(False)}")
+            verdict = change.verdict(benchmark_is_lower_better(scores.metric))
+            say(f"{name} {scores.metric} {change.before.text()} → {change.after.text()}: {verdict}")
             facts = {"metric": scores.metric, "version": scores.version, "mcnemar_p": round(p_value, 4)}
             results[name] = _plain(change) | facts
         return {"benchmarks": results}

@@ -35,11 +35,13 @@ class Change(BaseModel):
     after: Figure
     delta: Figure
 
-    def verdict(self, lower_is_better: bool) -> str:
-        """`better` or `worse` only where the interval excludes 0."""
+    def verdict(self, lower_is_better: bool | None) -> str:
+        """`better` or `worse` only where the interval excludes 0; None, of unknown direction: `higher` or `lower`."""
         low, high = self.delta.ci_low, self.delta.ci_high
         if low is None or high is None or not (low > 0 or high < 0):  # so asked, NaN shows nothing
             return "no difference shown"
+        if lower_is_better is None:
+            return "higher" if self.delta.value > 0 else "lower"
         return "better" if (self.delta.value < 0) == lower_is_better else "worse"
 
 

@@ -10,19 +10,11 @@ from aletheia.exp.reading import flat, plain
 from pipeline import statistics
 from pipeline.records import items
 from pipeline.records.file import RecordFile
-from pipeline.records.metrics import Metric, metrics
+from pipeline.records.metrics import Metric, benchmark_is_lower_better, metrics
 from pipeline.records.schema import Facts
 
 LOWER_IS_BETTER = ("loss", "perplexity")
 HIGHER_IS_BETTER = ("margin", "preference_accuracy", "win_rate")
-LOWER_METRICS = {  # of benchmarks, in lm-eval's words
-    "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "loss", "brier_score", "mse", "rmse", "mae",
-    "ter", "wer", "cer",
-}  # fmt: skip
-HIGHER_METRICS = {
-    "acc", "acc_norm", "acc_bytes", "acc_mutual_info", "accuracy", "balanced_accuracy", "exact_match", "em", "f1", "mcc",
-    "precision", "recall", "pass@1", "bleu", "chrf", "chrf++", "rouge1", "rouge2", "rougeL", "rougeLsum", "likelihood",
-}  # fmt: skip
 MEASURED_ON = {  # of a training, and of an evaluation
     "eval_loss": ("held_out", "conversations"),
     "margin": ("held_out", "pairs"),
@@ -123,19 +115,11 @@ def difference(path: str, one: Side, other: Side) -> dict[str, Any] | None:
     same_items = known or same_set
     lower = {_lower_is_better(path, side) for side in (one, other)} if same_items else set()
     found |= {
-        "finding": _finding(change, lower.pop() if len(lower) == 1 else None),
+        "finding": change.verdict(lower.pop() if len(lower) == 1 else None),
         "of": [len(before), len(after)],
         "changed_items": len(named) - len(shared),
     }
     return found | ({} if same_items else {"matched_by": "id alone"})
-
-
-def _finding(change: statistics.Change, lower_is_better: bool | None) -> str:
-    """`better` needs an interval without 0 and a known direction."""
-    finding = change.verdict(lower_is_better=bool(lower_is_better))
-    if finding == "no difference shown" or lower_is_better is not None:
-        return finding
-    return "higher" if change.delta.value > 0 else "lower"
 
 
 def _lower_is_better(path: str, side: Side) -> bool | None:
@@ -146,7 +130,7 @@ def _lower_is_better(path: str, side: Side) -> bool | None:
         benchmarks = side.facts.results.get(block)
         entry = benchmarks.get(task) if isinstance(benchmarks, dict) else None
         name = str(entry.get("metric")) if isinstance(entry, dict) else ""
-        return True if name in LOWER_METRICS else False if name in HIGHER_METRICS else None
+        return benchmark_is_lower_better(name)
     return True if name.endswith(LOWER_IS_BETTER) else False if name.endswith(HIGHER_IS_BETTER) else None
 
 

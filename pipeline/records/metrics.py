@@ -14,6 +14,15 @@ from typing import Any
 
 SHORTHANDS = ("benchmarks", "training", "metrics")  # blocks whose names may be left out of a path
 
+LOWER_BENCHMARKS = {  # metrics in lm-eval's words
+    "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "loss", "brier_score", "mse", "rmse", "mae",
+    "ter", "wer", "cer",
+}  # fmt: skip
+HIGHER_BENCHMARKS = {
+    "acc", "acc_norm", "acc_bytes", "acc_mutual_info", "accuracy", "balanced_accuracy", "exact_match", "em", "f1", "mcc",
+    "precision", "recall", "pass@1", "bleu", "chrf", "chrf++", "rouge1", "rouge2", "rougeL", "rougeLsum", "likelihood",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -32,6 +41,11 @@ class Metric:
             else f" [{self.ci_low:.{digits}g}, {self.ci_high:.{digits}g}]"
         )
         return f"{number}{interval}{'' if self.n is None else f' n={self.n}'}"
+
+
+def benchmark_is_lower_better(metric: str) -> bool | None:
+    """None where the direction is not known: then no change of it is better or worse."""
+    return True if metric in LOWER_BENCHMARKS else False if metric in HIGHER_BENCHMARKS else None
 
 
 def resolve(results: dict[str, Any], path: str) -> Metric | None:

@@ -173,3 +173,8 @@ def test_text_shows_the_interval_or_else_how_few_rows_there_were() -> None:
 
 def test_record_holds_plain_values_and_leaves_out_an_interval_that_is_not_known() -> None:
     assert as_record({"loss": mean([2.5]), "n": 3}) == {"loss": {"value": 2.5, "n": 1}, "n": 3}
+
+
+def test_a_difference_of_unknown_direction_is_neither_better_nor_worse() -> None:
+    assert [change(v, v - 0.1, v + 0.1).verdict(None) for v in (0.5, -0.5)] == ["higher", "lower"]
+    assert change(0.05, -0.1, 0.2).verdict(None) == "no difference shown"
