@@ -1,35 +1,28 @@
 """`aletheia data check` and `aletheia data show`."""
 
-import json
 import sys
-from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from aletheia.output import print_json, print_table
-from pipeline import data
+from pipeline.data.formats import converted
+from pipeline.data.read import read_rows
+from pipeline.data.rows import Conversation, PreferencePair, Row, RowFault, describe
+from pipeline.data.source import Source, sources
 from pipeline.errors import UserError
 from pipeline.stage import Job
 from pipeline.workspace import Workspace
-
-KINDS: dict[str, type[data.Row]] = {
-    "messages": data.Conversation,
-    "chosen": data.PreferencePair,
-    "key_points": data.Question,
-    "choices": data.MultipleChoice,
-}
 
 
 def check(paths: list[str], as_json: bool) -> None:
     workspace = Workspace.find()
     found = []
     for name in paths:
-        kinds = {path: _kind(path, workspace) for path in data.files(workspace, name)}
+        kinds = {source.path: _kind(source) for source in sources(workspace, name)}
         if len(set(kinds.values())) == 1:  # as training reads them: no id may stand twice in all the files
-            data.read_rows(workspace, name, next(iter(kinds.values())))
+            read_rows(workspace, name, next(iter(kinds.values())))
         for path, kind in kinds.items():
-            rows = data.read_rows(workspace, str(path), kind)
-            found.append({"path": workspace.shown(path), "kind": type(rows[0]).__name__} | data.describe(rows))
+            rows = read_rows(workspace, str(path), kind)
+            found.append({"path": workspace.shown(path), "kind": type(rows[0]).__name__} | describe(rows))
     if as_json:
         print_json(found)
         return
@@ -42,15 +35,15 @@ def show(path: str, job: Job, wanted: str | None) -> None:
     from pipeline.heldout import encode_pair
     from pipeline.model import find_base
 
-    kind = _kind(data.files(job.workspace, path)[0], job.workspace)
-    rows = data.read_rows(job.workspace, path, kind)
+    kind = _kind(sources(job.workspace, path)[0])
+    rows = read_rows(job.workspace, path, kind)
     row = next((r for r in rows if wanted in (None, r.id)), None)
     if row is None:
         raise UserError(f"there is no row `{wanted}`", where=path, remedy=f"--row {rows[0].id}")
     chat = find_base(job.workspace, job.profile).chat()
-    if isinstance(row, data.Conversation):
+    if isinstance(row, Conversation):
         sequences = {"conversation": chat.conversation(row.messages)}
-    elif isinstance(row, data.PreferencePair):
+    elif isinstance(row, PreferencePair):
         chosen, rejected = encode_pair(chat, row)
         sequences = {"chosen": chosen, "rejected": rejected}
     else:
@@ -72,24 +65,13 @@ def _marked(chat: Any, encoded: Any) -> str:
     return "".join(f"⟦{text}⟧" if trained else text for trained, text in texts)
 
 
-def _kind(path: Path, workspace: Workspace) -> type[data.Row]:
-    """By the fields of the first row that can be read."""
-    seen: Counter[str] = Counter()
-    try:
-        with path.open("rb") as lines:
-            for line in lines:
-                try:
-                    values = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(values, dict):
-                    for field, kind in KINDS.items():
-                        if field in values:
-                            return kind
-                    seen.update(values)
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=workspace.shown(path)) from None
-    shapes = "; ".join(data.SHAPES.values())
-    raise UserError(
-        f"rows of no known shape (found: {', '.join(seen) or 'nothing'})", where=workspace.shown(path), remedy=shapes
-    )
+def _kind(source: Source) -> type[Row]:
+    """Of the first row that can be told."""
+    fault = RowFault("unknown-shape", "holds no rows")
+    for raw in source.raws():
+        try:
+            if raw.values is not None:
+                return converted(raw.values)[0]
+        except RowFault as found:
+            fault = found
+    raise UserError(fault.what, where=source.shown, remedy=fault.remedy)

@@ -6,7 +6,9 @@ from contextlib import suppress
 from typing import Any
 
 from aletheia.output import print_json, print_table
-from pipeline import data
+from pipeline.data.read import read_rows
+from pipeline.data.rows import Conversation, PreferencePair
+from pipeline.data.split import split
 from pipeline.errors import AletheiaError
 from pipeline.profile import settings
 from pipeline.progress import duration
@@ -28,13 +30,13 @@ def explain(job: Job, as_json: bool) -> None:
 
 def _follows(job: Job) -> Iterator[tuple[str, str]]:
     for stage, path, kind in (
-        ("sft", job.config.training_data.sft, data.Conversation),
-        ("dpo", job.config.training_data.dpo, data.PreferencePair),
+        ("sft", job.config.training_data.sft, Conversation),
+        ("dpo", job.config.training_data.dpo, PreferencePair),
     ):
         config = getattr(job.config, f"{stage}_config")
         a_step = config.batch_size * config.gradient_accumulation
         try:
-            train, held_out = data.split(data.read_rows(job.workspace, path, kind), job.config.training_data.validation)
+            train, held_out = split(read_rows(job.workspace, path, kind), job.config.training_data.validation)
         except AletheiaError as error:
             yield stage, f"unknown: {error}"
             continue

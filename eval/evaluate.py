@@ -18,8 +18,11 @@ from typing import Any, ClassVar, Self
 
 from eval import benchmarks, judge, winrate
 from eval.measure import Items, Measurement, measure
-from pipeline import data, statistics
+from pipeline import statistics
 from pipeline.chat import Chat
+from pipeline.data.read import read_rows
+from pipeline.data.rows import Conversation, PreferencePair, Question, describe, hashes
+from pipeline.data.split import split
 from pipeline.errors import UserError
 from pipeline.model import Base
 from pipeline.progress import say
@@ -67,9 +70,9 @@ class Evaluate:
         config = self.job.config.eval_config
         record.facts.lineage.base = self.base.identity()
         record.facts.data = {"contract": self.chat.contract.sha256} | {
-            name: data.describe(rows) for name, rows in vars(self.items).items() if rows and name != "tasks"
+            name: describe(rows) for name, rows in vars(self.items).items() if rows and name != "tasks"
         }
-        items.write_rows(record.folder, {n: data.hashes(r) for n, r in vars(self.items).items() if r and n != "tasks"})
+        items.write_rows(record.folder, {n: hashes(r) for n, r in vars(self.items).items() if r and n != "tasks"})
         base = measure(self.base.load(), self.chat, self.items, config, "base")
         gc.collect()
         label = model_name(self.job, self.source)
@@ -160,12 +163,12 @@ def _items(job: Job, source: Source, parts: tuple[str, ...] | list[str]) -> Item
     paths, items = job.config.training_data, Items()
     folder = job.workspace.path(paths.eval)
     if "heldout" in parts:
-        items.conversations = _held_out(job, source, "sft", paths.sft, data.Conversation)
-        items.pairs = _held_out(job, source, "dpo", paths.dpo, data.PreferencePair)
+        items.conversations = _held_out(job, source, "sft", paths.sft, Conversation)
+        items.pairs = _held_out(job, source, "dpo", paths.dpo, PreferencePair)
     if "benchmarks" in parts:
         items.tasks = benchmarks.find_tasks(folder, job.config.eval_config.tasks)
     if "winrate" in parts:
-        items.questions = data.read_rows(job.workspace, f"{paths.eval}/questions", data.Question)
+        items.questions = read_rows(job.workspace, f"{paths.eval}/questions", Question)
     return items
 
 
@@ -175,10 +178,10 @@ def _held_out(job: Job, source: Source, stage: str, path: str, kind: Any) -> lis
     if ancestor is None:
         return []  # an SFT-only model has seen no pairs, and pairs are then not its measure
     file, facts = ancestor
-    _, held_out = data.split(data.read_rows(job.workspace, path, kind), job.config.training_data.validation)
+    _, held_out = split(read_rows(job.workspace, path, kind), job.config.training_data.validation)
     if not held_out:
         return []
-    if data.describe(held_out)["sha256"] != facts.data.get("held_out", {}).get("sha256"):
+    if describe(held_out)["sha256"] != facts.data.get("held_out", {}).get("sha256"):
         raise UserError(
             f"the rows that {file.id} held out are not the ones held out now: some may have been trained on",
             where=path,

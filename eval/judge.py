@@ -6,7 +6,7 @@ check that the machinery works and a floor for better judges, never a claim of q
 
 import re
 
-from pipeline.data import Question
+from pipeline.data.rows import Question
 
 NAME = "key-point words"
 WEAKNESS = "reads words, not meaning; a longer answer covers more"

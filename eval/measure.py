@@ -8,7 +8,7 @@ from eval import benchmarks
 from pipeline import heldout
 from pipeline.chat import Chat
 from pipeline.config import EvalConfig
-from pipeline.data import Conversation, Message, PreferencePair, Question
+from pipeline.data.rows import Conversation, Message, PreferencePair, Question
 from serving.engine import Answer, Sampling, generate_all
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from eval import judge
 from pipeline import statistics
-from pipeline.data import Question
+from pipeline.data.rows import Question
 from pipeline.statistics import Figure
 
 USUAL_DEVIATION = 0.41  # of per-question scores, as measured in the field; only for planning n

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.data import Message
+from pipeline.data.rows import Message
 from pipeline.errors import UserError
 
 CONTRACT_FILE = "chat_contract.json"

@@ -18,15 +18,45 @@ class Section(BaseModel):
 
 class Validation(Section):
     fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the rows held out of training")
-    strategy: Literal["stratified", "random"] = Field("stratified", description="stratified: the share of each domain")
+    path: str | None = Field(
+        None, description="rows held out instead of a fraction: a file, or a folder with sft/ and dpo/"
+    )
+    strategy: Literal["stratified", "random", "group", "temporal"] = Field(
+        "stratified",
+        description="stratified: the share of each domain; group: rows alike in group_by stay together; temporal: the latest",
+    )
+    group_by: str = Field(
+        "group", description="group: the field that rows of one family share; without it, a like prompt"
+    )
+    time_by: str = Field("date", description="temporal: the field with an ISO 8601 date or time, or a number")
     seed: int = Field(42, description="which rows: the same seed and rows always give the same split")
 
 
+class Check(Section):
+    ignore: list[str] = Field(
+        [], description="rules that are not run: codes, starts of codes, names; data check --rules"
+    )
+    errors: list[str] = Field([], description="rules whose rows are rejected, whatever their own severity")
+    warnings: list[str] = Field([], description="rules that only warn, whatever their own severity")
+    completion_characters: tuple[int, int] = Field((2, 40_000), description="band of an answer's length; outside: D203")
+    near_duplicate: Annotated[float, Field(gt=0.5, le=1)] = Field(
+        0.8, description="rows whose words overlap this much (Jaccard, word triples) are near-duplicates"
+    )
+    leak_words: Annotated[int, Field(ge=5, le=50)] = Field(
+        13, description="words in a row shared with an evaluation: a leak"
+    )
+    length_auc: Annotated[float, Field(ge=0.5, le=1)] = Field(
+        0.6, description="length may tell chosen from rejected no better than this, over at least 20 pairs"
+    )
+    domain_share: Share = Field(0.25, description="of an even share: a domain with fewer rows is unbalanced")
+
+
 class TrainingData(Section):
-    sft: str = Field("data/sft", description="conversations: a JSONL file, or a folder of them")
-    dpo: str = Field("data/dpo", description="preference pairs: a JSONL file, or a folder of them")
+    sft: str = Field("data/sft", description="conversations: a file, a folder of them, or hub:OWNER/NAME")
+    dpo: str = Field("data/dpo", description="preference pairs: a file, a folder of them, or hub:OWNER/NAME")
     eval: str = Field("data/eval", description="a folder with questions/ and choices/")
     validation: Validation = Field(Validation(), description="rows held out of training to measure it")
+    check: Check = Field(Check(), description="the gate that every row goes through")
     max_reject_share: Share = Field(0.05, description="stop when more than this share of the rows cannot be used")
 
 

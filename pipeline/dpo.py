@@ -15,9 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pipeline import data, heldout, statistics
+from pipeline import heldout, statistics
 from pipeline.chat import Chat, Encoded
-from pipeline.data import PreferencePair
+from pipeline.data.read import read_rows
+from pipeline.data.rows import PreferencePair
+from pipeline.data.split import split
 from pipeline.errors import StageFailed
 from pipeline.model import Base, check_trained_on, find_base
 from pipeline.progress import say
@@ -44,7 +46,7 @@ class Dpo:
 
     @classmethod
     def prepare(cls, job: Job) -> Self:
-        rows = data.read_rows(job.workspace, job.config.training_data.dpo, PreferencePair)
+        rows = read_rows(job.workspace, job.config.training_data.dpo, PreferencePair)
         source = None if job.source == "base" else take(job, ["sft"], "adapter")
         base = find_base(job.workspace, job.profile)
         check_context(job, base, "dpo_config")
@@ -55,7 +57,7 @@ class Dpo:
 
     def plan(self) -> list[tuple[str, str]]:
         config = self.job.config.dpo_config
-        train, held_out = data.split(self.rows, self.job.config.training_data.validation)
+        train, held_out = split(self.rows, self.job.config.training_data.validation)
         return [
             ("policy and reference", self.source.file.id if self.source else f"{self.base.name}, no SFT"),
             ("pairs", f"{len(train)} to train, {len(held_out)} held out"),

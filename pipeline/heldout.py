@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.chat import Chat, Encoded
-from pipeline.data import Conversation, PreferencePair
+from pipeline.data.rows import Conversation, PreferencePair
 from pipeline.progress import track
 from pipeline.statistics import Figure
 

@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pipeline import data
 from pipeline.chat import Chat
+from pipeline.data.read import read_rows
+from pipeline.data.rows import Conversation
+from pipeline.data.split import split
 from pipeline.errors import StageFailed, UserError
 from pipeline.model import Base, check_trained_on, find_base, load_model
 from pipeline.progress import Progress, say
@@ -199,9 +201,9 @@ class Merge:
             "prompts": len(prompts),
         }
 
-    def _prompts(self) -> list[data.Conversation]:
-        rows = data.read_rows(self.job.workspace, self.job.config.training_data.sft, data.Conversation)
-        _, held_out = data.split(rows, self.job.config.training_data.validation)
+    def _prompts(self) -> list[Conversation]:
+        rows = read_rows(self.job.workspace, self.job.config.training_data.sft, Conversation)
+        _, held_out = split(rows, self.job.config.training_data.validation)
         return (held_out or rows)[:PROMPTS_CHECKED]
 
     def _enough_disk(self, folder: Path) -> None:

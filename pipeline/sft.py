@@ -10,9 +10,11 @@ trained and nothing else; the loss is the mean over a step's trained tokens. It 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-from pipeline import data, heldout, statistics
+from pipeline import heldout, statistics
 from pipeline.chat import Chat, Encoded
-from pipeline.data import Conversation
+from pipeline.data.read import read_rows
+from pipeline.data.rows import Conversation
+from pipeline.data.split import shuffle_answers, split
 from pipeline.model import Base, find_base
 from pipeline.progress import say
 from pipeline.records.lifecycle import Record
@@ -33,14 +35,14 @@ class Sft:
 
     @classmethod
     def prepare(cls, job: Job) -> Self:
-        rows = data.read_rows(job.workspace, job.config.training_data.sft, Conversation)
+        rows = read_rows(job.workspace, job.config.training_data.sft, Conversation)
         base = find_base(job.workspace, job.profile)
         check_context(job, base, "sft_config")
         return cls(job, base, base.chat(), rows)
 
     def plan(self) -> list[tuple[str, str]]:
         config = self.job.config.sft_config
-        train, held_out = data.split(self.rows, self.job.config.training_data.validation)
+        train, held_out = split(self.rows, self.job.config.training_data.validation)
         steps = steps_in_all(config, len(train))
         few = f"  (fewer than {FEW_STEPS}: more rows or epochs, or a smaller batch)" if steps < FEW_STEPS else ""
         return [
@@ -96,7 +98,7 @@ class Sft:
             return self.chat.conversation(row.messages)
 
         def alter(rows: list[Conversation]) -> list[Conversation]:
-            return data.shuffle_answers(rows, seed) if config.shuffle_answers else rows
+            return shuffle_answers(rows, seed) if config.shuffle_answers else rows
 
         return encoded(self.job, record, self.base, self.chat, self.rows, encode, config.max_length, alter)
 

@@ -8,9 +8,9 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from pipeline import data
 from pipeline.chat import Chat, Encoded
-from pipeline.data import Message, Row
+from pipeline.data.rows import Message, Row, describe, hashes
+from pipeline.data.split import split
 from pipeline.errors import UserError
 from pipeline.model import Base
 from pipeline.progress import say
@@ -45,15 +45,15 @@ def encoded(
 
     Raises `UserError` when a resume does not find what the run began with, or too many rows cannot be used.
     """
-    train, held_out = data.split(rows, job.config.training_data.validation)
-    facts: dict[str, Any] = {"train": data.describe(train), "held_out": data.describe(held_out)}
+    train, held_out = split(rows, job.config.training_data.validation)
+    facts: dict[str, Any] = {"train": describe(train), "held_out": describe(held_out)}
     identity = base.identity()
     if job.resume:
         _same_as_begun(job, record, base, identity, facts)
     record.facts.data = facts | {"contract": chat.contract.sha256}
     record.facts.lineage.base = identity
     record.facts.results = {}
-    items.write_rows(record.folder, {"train": data.hashes(train), "held_out": data.hashes(held_out)})
+    items.write_rows(record.folder, {"train": hashes(train), "held_out": hashes(held_out)})
     (record.folder / "rejects.jsonl").unlink(missing_ok=True)  # what an interrupted run left: the rows are judged anew
     max_share = job.config.training_data.max_reject_share
     found = [_usable(part, chat, max_length, encode, record, max_share) for part in (alter(train), held_out)]

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.data import Message
+from pipeline.data.rows import Message
 
 MAX_STOPS = 4  # OpenAI's limit
 

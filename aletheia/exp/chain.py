@@ -12,8 +12,10 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from pipeline import data
 from pipeline.config import TrainingData
+from pipeline.data.read import read_rows
+from pipeline.data.rows import Conversation, MultipleChoice, PreferencePair, Question, Row, describe
+from pipeline.data.split import split
 from pipeline.errors import UserError
 from pipeline.progress import say
 from pipeline.records import find
@@ -32,11 +34,11 @@ ROWS = {
     "data": {p: p for p in ("sft.train", "sft.held_out", "dpo.train", "dpo.held_out", "questions", "choices")},
     "eval": {"conversations": "sft.held_out", "pairs": "dpo.held_out", "questions": "questions"},
 }
-KINDS: dict[str, type[data.Row]] = {
-    "sft": data.Conversation,
-    "dpo": data.PreferencePair,
-    "questions": data.Question,
-    "choices": data.MultipleChoice,
+KINDS: dict[str, type[Row]] = {
+    "sft": Conversation,
+    "dpo": PreferencePair,
+    "questions": Question,
+    "choices": MultipleChoice,
 }
 
 Finding = Literal["ok", "FAILED", "warning", "not checked"]
@@ -138,19 +140,19 @@ class Rows:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
-        self._read: dict[tuple[str, str], list[data.Row]] = {}
+        self._read: dict[tuple[str, str], list[Row]] = {}
 
     def describe(self, paths: TrainingData, part: str) -> dict[str, Any]:
         """`part`: sft.train, …, questions. Raises `UserError` where they cannot be read."""
         source, _, end = part.partition(".")
         path = getattr(paths, source) if end else f"{paths.eval}/{source}"
         if (path, source) not in self._read:
-            self._read[path, source] = data.read_rows(self.workspace, path, KINDS[source])
+            self._read[path, source] = read_rows(self.workspace, path, KINDS[source])
         rows = self._read[path, source]
         if end:
-            train, held_out = data.split(rows, paths.validation)
+            train, held_out = split(rows, paths.validation)
             rows = train if end == "train" else held_out
-        return data.describe(rows)
+        return describe(rows)
 
 
 def recorded_rows(facts: Facts) -> dict[str, dict[str, Any]]:

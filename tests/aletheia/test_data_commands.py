@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pipeline import data
+from pipeline.data.read import read_rows
+from pipeline.data.rows import Conversation, PreferencePair
+from pipeline.data.split import split
 from pipeline.model import Base
 from pipeline.workspace import Workspace
 
@@ -65,7 +67,7 @@ def test_what_is_marked_is_each_answer_and_its_one_end_and_nothing_else(
 def test_of_a_pair_both_sides_are_shown_after_one_prompt(
     aletheia: "Callable[..., Said]", workspace: Workspace, base: Base
 ) -> None:
-    pair = data.read_rows(workspace, "data/dpo", data.PreferencePair)[0]
+    pair = read_rows(workspace, "data/dpo", PreferencePair)[0]
     sides = shown(aletheia(workspace, "data", "show", "data/dpo", *SMALL))
     prompts = {text[: text.index("⟦")] for _, _, text in sides}
     assert len(prompts) == 1
@@ -77,8 +79,8 @@ def test_of_a_pair_both_sides_are_shown_after_one_prompt(
 
 
 def test_what_is_marked_is_as_much_as_the_run_recorded(aletheia: "Callable[..., Said]", trained: "Trained") -> None:
-    rows = data.read_rows(trained.workspace, "data/sft", data.Conversation)
-    train, _ = data.split(rows, trained.job().config.training_data.validation)
+    rows = read_rows(trained.workspace, "data/sft", Conversation)
+    train, _ = split(rows, trained.job().config.training_data.validation)
     said = [aletheia(trained.workspace, "data", "show", "data/sft", *SMALL, "--row", row.id) for row in train]
     facts = trained.record("sft").facts()
     assert facts is not None
@@ -86,7 +88,7 @@ def test_what_is_marked_is_as_much_as_the_run_recorded(aletheia: "Callable[..., 
 
 
 def test_a_row_is_found_by_its_id_and_said_where(aletheia: "Callable[..., Said]", workspace: Workspace) -> None:
-    row = data.read_rows(workspace, "data/sft", data.Conversation)[4]
+    row = read_rows(workspace, "data/sft", Conversation)[4]
     said = aletheia(workspace, "data", "show", "data/sft", *SMALL, "--row", row.id)
     assert said.out.startswith(f"# {row.where}  {row.id}  conversation: ")
     assert row.messages[-1].content.strip() in said.out

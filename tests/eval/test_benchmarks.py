@@ -8,7 +8,7 @@ import pytest
 
 from eval.benchmarks import find_tasks, run
 from pipeline.chat import Chat
-from pipeline.data import Message
+from pipeline.data.rows import Message
 from pipeline.errors import StageFailed, UserError
 from pipeline.workspace import Workspace
 

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from eval.evaluate import Evaluate
-from pipeline import data, heldout
+from pipeline import heldout
 from pipeline.chat import Chat
+from pipeline.data.read import read_rows
+from pipeline.data.rows import Conversation, PreferencePair, Question, Row
+from pipeline.data.split import split
 from pipeline.errors import UserError
 from pipeline.records.find import artifacts
 from pipeline.records.lifecycle import Record
@@ -60,9 +63,9 @@ def chat(trained: "Trained") -> Chat:
     return Chat(AutoTokenizer.from_pretrained(trained.output("merge")), "merged")
 
 
-def held_out(own: "Trained", path: str, kind: type[data.Row]) -> list[Any]:
-    rows = data.read_rows(own.workspace, path, kind)
-    return data.split(rows, own.job().config.training_data.validation)[1]
+def held_out(own: "Trained", path: str, kind: type[Row]) -> list[Any]:
+    rows = read_rows(own.workspace, path, kind)
+    return split(rows, own.job().config.training_data.validation)[1]
 
 
 def interval(values: Sequence[float], t: float = T_4) -> list[float]:
@@ -90,7 +93,7 @@ def test_loss_is_paired_row_by_row_on_what_training_held_out(
     own: "Trained", record: Record, models: Any, chat: Chat, answer_losses: Callable[..., list[float]]
 ) -> None:
     rows = []
-    for row in held_out(own, "data/sft", data.Conversation):
+    for row in held_out(own, "data/sft", Conversation):
         losses = [answer_losses(model, chat.conversation(row.messages)) for model in models]
         rows.append([sum(loss) / len(loss) for loss in losses])
     before, after = zip(*rows, strict=True)
@@ -110,7 +113,7 @@ def test_preference_is_the_change_against_the_base_pair_by_pair(
     own: "Trained", record: Record, models: Any, chat: Chat, answer_losses: Callable[..., list[float]]
 ) -> None:
     changes = []
-    for pair in held_out(own, "data/dpo", data.PreferencePair):
+    for pair in held_out(own, "data/dpo", PreferencePair):
         margins = []
         for model in models:
             chosen, rejected = (-sum(answer_losses(model, side)) for side in heldout.encode_pair(chat, pair))
@@ -148,7 +151,7 @@ def test_benchmarks_are_paired_too(record: Record) -> None:
 
 def test_answers_are_kept_question_by_question(own: "Trained", record: Record) -> None:
     rows = [json.loads(line) for line in (record.folder / "answers.jsonl").read_text("utf-8").splitlines()]
-    questions = data.read_rows(own.workspace, "data/eval/questions", data.Question)
+    questions = read_rows(own.workspace, "data/eval/questions", Question)
     assert [(row["id"], row["prompt"]) for row in rows] == [(q.id, q.prompt) for q in questions]
     rate = record.facts.results["win_rate"]
     assert rate["value"] == pytest.approx(sum(row["score"] for row in rows) / QUESTIONS)
@@ -195,9 +198,9 @@ def file_of(copied: "Trained", kind: str, row: Any) -> Path:
 
 
 @pytest.mark.parametrize("how", ["edited", "removed"])
-@pytest.mark.parametrize(("kind", "shape"), [("sft", data.Conversation), ("dpo", data.PreferencePair)])
+@pytest.mark.parametrize(("kind", "shape"), [("sft", Conversation), ("dpo", PreferencePair)])
 def test_held_out_rows_that_changed_since_training_are_refused(
-    copied: "Trained", kind: str, shape: type[data.Row], how: str
+    copied: "Trained", kind: str, shape: type[Row], how: str
 ) -> None:
     row = held_out(copied, f"data/{kind}", shape)[0]
 

@@ -3,7 +3,7 @@
 import pytest
 
 from eval import judge
-from pipeline.data import Question
+from pipeline.data.rows import Question
 
 
 def question(*key_points: str, must_not: tuple[str, ...] = ()) -> Question:
@@ -58,7 +58,7 @@ def test_comparison_does_not_depend_on_the_order(first: str, second: str, expect
 
 def test_reference_answers_beat_answers_to_other_questions() -> None:
     """The floor of use: on the shipped questions the judge knows an answer from one to another question."""
-    from pipeline.data import read_rows
+    from pipeline.data.read import read_rows
     from pipeline.workspace import CHECKOUT, Workspace
 
     rows = read_rows(Workspace(CHECKOUT), "data/eval/questions", Question)

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from eval.measure import Items, measure
-from pipeline import data
 from pipeline.chat import Chat
+from pipeline.data.read import read_rows
+from pipeline.data.rows import Conversation, PreferencePair, Question
 
 if TYPE_CHECKING:
     from tests.conftest import Trained
@@ -30,9 +31,9 @@ def chat(trained: "Trained") -> Chat:
 def items(trained: "Trained") -> Items:
     workspace = trained.workspace
     return Items(
-        data.read_rows(workspace, "data/sft", data.Conversation)[:3],
-        data.read_rows(workspace, "data/dpo", data.PreferencePair)[:3],
-        data.read_rows(workspace, "data/eval/questions", data.Question)[:3],
+        read_rows(workspace, "data/sft", Conversation)[:3],
+        read_rows(workspace, "data/dpo", PreferencePair)[:3],
+        read_rows(workspace, "data/eval/questions", Question)[:3],
     )
 
 

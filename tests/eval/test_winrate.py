@@ -5,7 +5,7 @@ from math import comb
 import pytest
 
 from eval.winrate import WinRate, planned_precision, win_rate
-from pipeline.data import Question
+from pipeline.data.rows import Question
 
 QUESTION = Question(prompt="?", key_points=["unique index"])
 GOOD, POOR, LONG_POOR = "unique", "banana", "banana, banana and banana"

@@ -13,7 +13,8 @@ from tokenizers.processors import TemplateProcessing
 
 from aletheia.data_commands import show
 from pipeline.chat import CONTRACT_FILE, Chat, Contract, Encoded
-from pipeline.data import Conversation, Message, PreferencePair, read_rows
+from pipeline.data.read import read_rows
+from pipeline.data.rows import Conversation, Message, PreferencePair
 from pipeline.errors import UserError
 from pipeline.heldout import encode_pair
 from pipeline.model import Base

@@ -7,18 +7,9 @@ from typing import Any
 import pytest
 
 from pipeline.config import Validation
-from pipeline.data import (
-    Conversation,
-    MultipleChoice,
-    PreferencePair,
-    Question,
-    Row,
-    describe,
-    read_rows,
-    row_hash,
-    shuffle_answers,
-    split,
-)
+from pipeline.data.read import read_rows
+from pipeline.data.rows import Conversation, MultipleChoice, PreferencePair, Question, Row, describe, row_hash
+from pipeline.data.split import shuffle_answers, split
 from pipeline.errors import UserError
 from pipeline.workspace import Workspace
 

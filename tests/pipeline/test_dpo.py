@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import data, private
+from pipeline import private
 from pipeline.chat import Encoded
-from pipeline.data import PreferencePair
+from pipeline.data.read import read_rows
+from pipeline.data.rows import PreferencePair
+from pipeline.data.split import split
 from pipeline.dpo import Dpo, _figures
 from pipeline.errors import Interrupted, StageFailed, UserError
 from pipeline.heldout import encode_pair
@@ -65,8 +67,8 @@ def test_recorded_margins_are_those_of_the_sft_and_the_dpo_adapter(
     trained: Any, base: Base, answer_losses: Losses
 ) -> None:
     """Before DPO the policy gives the SFT adapter's figures, and what plain peft loads afterwards gives the others."""
-    pairs = data.read_rows(trained.workspace, "data/dpo", PreferencePair)
-    _, held_out = data.split(pairs, trained.job().config.training_data.validation)
+    pairs = read_rows(trained.workspace, "data/dpo", PreferencePair)
+    _, held_out = split(pairs, trained.job().config.training_data.validation)
     told = [
         json.loads(line) for line in (trained.record("dpo").folder / "heldout.jsonl").read_text("utf-8").splitlines()
     ]
@@ -221,7 +223,7 @@ def test_log_probs_of_the_first_step_are_those_of_the_completions(
     record = run_stage(Dpo, job(*SHORT, "dpo_config.batch_size=6", source="base"))
     model, chat = AutoModelForCausalLM.from_pretrained(base.folder), base.chat()
     sums: list[list[float]] = [[], []]
-    for pair in data.read_rows(small_talk, "data/dpo", PreferencePair):
+    for pair in read_rows(small_talk, "data/dpo", PreferencePair):
         for side, encoded, answer in zip(sums, encode_pair(chat, pair), (pair.chosen, pair.rejected), strict=True):
             trained_ids = [t for t, on in zip(encoded.ids, encoded.mask, strict=True) if on]
             assert chat.tokenizer.decode(trained_ids) == f"{answer[0].content}\n<|EOT|>"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from pipeline import heldout
 from pipeline.chat import Chat, Encoded
-from pipeline.data import Conversation, Message, PreferencePair
+from pipeline.data.rows import Conversation, Message, PreferencePair
 from pipeline.model import Base
 
 ANSWERS = ("Yes.", "An index is a sorted copy of a column, and it costs writes.\n\n- one\n- two", "No", "é 你好 " * 20)

@@ -9,7 +9,8 @@ import torch
 from trl import DPOConfig, DPOTrainer
 
 from pipeline.chat import Encoded
-from pipeline.data import PreferencePair, read_rows
+from pipeline.data.read import read_rows
+from pipeline.data.rows import PreferencePair
 from pipeline.dpo import _dataset
 from pipeline.heldout import encode_pair
 from pipeline.model import Base

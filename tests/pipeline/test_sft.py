@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import data
 from pipeline.chat import Encoded
-from pipeline.data import Conversation
+from pipeline.data.read import read_rows
+from pipeline.data.rows import Conversation
+from pipeline.data.split import split
 from pipeline.errors import StageFailed, UserError
 from pipeline.model import Base
 from pipeline.records.find import records
@@ -52,8 +53,8 @@ def test_held_out_loss_falls_with_an_interval_that_excludes_0(trained: Any) -> N
 def test_recorded_held_out_losses_are_those_of_base_and_adapter(
     trained: Any, base: Base, answer_losses: Losses
 ) -> None:
-    rows = data.read_rows(trained.workspace, "data/sft", Conversation)
-    _, held_out = data.split(rows, trained.job().config.training_data.validation)
+    rows = read_rows(trained.workspace, "data/sft", Conversation)
+    _, held_out = split(rows, trained.job().config.training_data.validation)
     recorded = [
         json.loads(line) for line in (trained.record("sft").folder / "heldout.jsonl").read_text("utf-8").splitlines()
     ]
@@ -75,7 +76,7 @@ def test_loss_of_the_first_step_is_the_mean_over_supervised_tokens(
     """Nothing has moved at step 1 and the batch is every row, so the loss can be worked out from the base alone."""
     record = run_stage(Sft, job(*ONE_STEP))
     model, chat, supervised = plain(base), base.chat(), []
-    for row in data.read_rows(small_talk, "data/sft", Conversation):
+    for row in read_rows(small_talk, "data/sft", Conversation):
         encoded = chat.conversation(row.messages)
         trained_text = chat.tokenizer.decode([t for t, on in zip(encoded.ids, encoded.mask, strict=True) if on])
         answers = [m.content for m in row.messages if m.role == "assistant"]
@@ -186,7 +187,7 @@ def test_a_step_that_fails_names_the_rows_it_saw(
     model, chat = plain(base), base.chat()
     losses = {
         row.id: mean(answer_losses(model, chat.conversation(row.messages)))
-        for row in data.read_rows(small_talk, "data/sft", Conversation)
+        for row in read_rows(small_talk, "data/sft", Conversation)
     }
     (expected,) = [name for name, loss in losses.items() if loss == pytest.approx(first, abs=1e-4)]
 

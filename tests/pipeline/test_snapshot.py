@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from pipeline.data import Conversation, PreferencePair, describe, read_rows, split
+from pipeline.data.read import read_rows
+from pipeline.data.rows import Conversation, PreferencePair, describe
+from pipeline.data.split import split
 from pipeline.errors import UserError
 from pipeline.records.file import RecordFile
 from pipeline.snapshot import Snapshot

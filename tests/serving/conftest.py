@@ -13,8 +13,9 @@ import httpx
 import openai
 import pytest
 
-from pipeline import data
 from pipeline.chat import Chat
+from pipeline.data.read import read_rows
+from pipeline.data.rows import Message, Question
 from pipeline.model import Base
 from pipeline.records.file import RecordFile
 from pipeline.records.schema import Facts
@@ -115,8 +116,8 @@ def tuned_chat(trained: "Trained") -> Chat:
 @pytest.fixture(scope="session")
 def question(trained: "Trained", base: Base, tuned_chat: Chat, greedy: Callable[..., list[int]]) -> str:
     """One that the base and the merged model answer differently: the answer tells which of them gave it."""
-    for row in data.read_rows(trained.workspace, "data/eval/questions", data.Question):
-        prompt = tuned_chat.prompt([data.Message(role="user", content=row.prompt)])
+    for row in read_rows(trained.workspace, "data/eval/questions", Question):
+        prompt = tuned_chat.prompt([Message(role="user", content=row.prompt)])
         if greedy(base.folder, prompt, 24) != greedy(trained.output("merge"), prompt, 24):
             return row.prompt
     raise AssertionError("the base and the merged model answer every question alike")

@@ -12,7 +12,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from pipeline.chat import Chat
-from pipeline.data import Message
+from pipeline.data.rows import Message
 from serving.app import Usage, build_app
 from serving.engine import Answer, Sampling
 

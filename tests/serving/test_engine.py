@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pipeline.chat import Chat
-from pipeline.data import Message
+from pipeline.data.rows import Message
 from serving.engine import PAGE, Engine, Sampling, generate_all
 
 if TYPE_CHECKING:

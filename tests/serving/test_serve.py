@@ -8,7 +8,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from pipeline.chat import CONTRACT_FILE, Chat, Contract
-from pipeline.data import Message
+from pipeline.data.rows import Message
 from pipeline.errors import UserError
 from pipeline.merge import Merge
 from pipeline.model import Base, load_model

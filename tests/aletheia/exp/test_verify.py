@@ -14,9 +14,11 @@ import pytest
 
 from aletheia.exp.verify import Check, failures, verify
 from aletheia.exp.verify import checked as checks_of
-from pipeline import data
 from pipeline.chat import Contract
 from pipeline.config import Profile
+from pipeline.data.read import read_rows
+from pipeline.data.rows import Conversation, PreferencePair, describe
+from pipeline.data.split import split
 from pipeline.errors import UserError
 from pipeline.model import Base
 from pipeline.records.file import LINE, RecordFile
@@ -80,9 +82,9 @@ def _write_true(place: Workspace, write: Write, experiment_id: str, stage: str, 
     patch = {"path": f"{experiment_id}/code.patch", "sha256": hashlib.sha256(b"a patch\n").hexdigest()}
     rows: dict[str, Any] = {}
     if stage in ("sft", "dpo"):
-        kind: Any = data.Conversation if stage == "sft" else data.PreferencePair
-        halves = data.split(data.read_rows(place, f"data/{stage}", kind), config.training_data.validation)
-        rows = {name: data.describe(half) for name, half in zip(("train", "held_out"), halves, strict=True)}
+        kind: Any = Conversation if stage == "sft" else PreferencePair
+        halves = split(read_rows(place, f"data/{stage}", kind), config.training_data.validation)
+        rows = {name: describe(half) for name, half in zip(("train", "held_out"), halves, strict=True)}
     base = Base("base", None, place.root / "base", "cpu", None, "none", False).identity()
     facts = {
         "stage": stage,

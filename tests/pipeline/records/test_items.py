@@ -4,22 +4,22 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import data
+from pipeline.data.rows import Conversation, Question, describe, hashes
 from pipeline.records import items
 
 
 def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
-    rows = [data.Conversation.model_validate({"id": i, "messages": [
+    rows = [Conversation.model_validate({"id": i, "messages": [
         {"role": "user", "content": "q"}, {"role": "assistant", "content": i}]}) for i in ("é", "b")]  # fmt: skip
-    parts = {"train": data.hashes(rows[:1]), "sft.held_out": data.hashes(rows[1:])}
+    parts = {"train": hashes(rows[:1]), "sft.held_out": hashes(rows[1:])}
     items.write_rows(tmp_path, parts)
     assert items.rows(tmp_path) == parts
 
 
 def test_the_hash_of_a_set_of_rows_is_the_one_that_its_record_describes() -> None:
-    rows = [data.Question(id=str(i), prompt="p", key_points=[str(i)]) for i in range(3)]
-    assert items.digest(data.hashes(rows).values()) == data.describe(rows)["sha256"]
-    assert items.digest(data.hashes(rows[::-1]).values()) == data.describe(rows)["sha256"]
+    rows = [Question(id=str(i), prompt="p", key_points=[str(i)]) for i in range(3)]
+    assert items.digest(hashes(rows).values()) == describe(rows)["sha256"]
+    assert items.digest(hashes(rows[::-1]).values()) == describe(rows)["sha256"]
 
 
 def test_a_change_gives_its_end_its_beginning_and_its_difference(tmp_path: Path) -> None:
