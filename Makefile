@@ -11,7 +11,7 @@ resume   = $(if $(filter-out 0,$(RESUME)),--resume)
 
 .NOTPARALLEL:
 .SILENT:
-.PHONY: help setup lock demo data sft dpo merge serve eval run report test lint
+.PHONY: help setup lock demo data sft dpo merge serve eval run report bench test lint
 
 help:
 	echo "make demo            the whole pipeline on the embedded tiny model, on a CPU"
@@ -21,6 +21,7 @@ help:
 	echo "make eval PROFILE=…                       held-out rows, benchmarks, win-rate against the base"
 	echo "make run EXP=EXP-…                        runs a planned record"
 	echo "make report                               one HTML page of all records"
+	echo "make bench                                speed and memory of the gate, speed of the list of records"
 	echo "with SET=\"sft_config.epochs=1.0 …\"  FROM=EXP-…  RESUME=1  ARGS=…"
 
 setup: .venv/.installed
@@ -50,6 +51,10 @@ run: setup
 	$(ALETHEIA) exp run "$(EXP)" $(ARGS)
 report: setup
 	$(ALETHEIA) report $(ARGS)
+
+bench: setup
+	.venv/bin/python benchmarks/gate.py $(ARGS)
+	.venv/bin/python benchmarks/list_records.py
 
 test: setup
 	.venv/bin/python -m pytest $(ARGS)

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import Abort, Exit, TyperException
 
+from aletheia.data.commands import app as data_app
 from aletheia.exp.commands import app as exp_app
 from aletheia.options import (
     DEFAULT,
@@ -29,7 +30,6 @@ from aletheia.options import (
 from pipeline.errors import AletheiaError, UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 EXAMPLE = "\n\n\b\nExample:  aletheia "
 app.add_typer(
@@ -161,11 +161,11 @@ def eval_(
     \b
     Example:  aletheia eval heldout winrate --profile tiny
     """
-    from eval.evaluate import PARTS, Evaluate
+    from eval.evaluate import EVALUATIONS, Evaluate
 
     for part in parts or []:
-        if part not in PARTS:
-            raise UserError(f"there is no part `{part}`", where="eval", remedy=", ".join(PARTS))
+        if part not in EVALUATIONS:
+            raise UserError(f"there is no part `{part}`", where="eval", remedy=", ".join(EVALUATIONS))
     _run(
         Evaluate,
         profile,
@@ -186,50 +186,9 @@ def demo(profile: ProfileOption = "tiny", set_: SetOption = None) -> None:
     Example:  aletheia demo --profile tiny
     """
     from aletheia.demo import run_demo
+    from aletheia.jobs import print_record
 
-    _print_record(run_demo(_job(profile, set_)))
-
-
-@data_app.command("check")
-def data_check(
-    paths: Annotated[list[str], typer.Argument(help="JSONL files or folders.")], as_json: JsonOption = False
-) -> None:
-    """Reads every row and says what is there; the first row that is not right is named.
-
-    \b
-    Example:  aletheia data check data/sft data/dpo
-    """
-    from aletheia.data_commands import check
-
-    check(paths, as_json)
-
-
-@data_app.command("show")
-def data_show(
-    path: Annotated[str, typer.Argument(help="A JSONL file or folder of conversations or preference pairs.")],
-    profile: ProfileOption = DEFAULT,
-    row: Annotated[str | None, typer.Option("--row", help="Its id; default: the first.")] = None,
-) -> None:
-    """Shows one row as the model meets it: what stands between ⟦ and ⟧ is trained, nothing else.
-
-    \b
-    Example:  aletheia data show data/sft --profile tiny --row devops-sft-001
-    """
-    from aletheia.data_commands import show
-
-    show(path, _job(profile, None), row)
-
-
-@data_app.command("snapshot")
-def data_snapshot(profile: ProfileOption = DEFAULT, set_: SetOption = None, dry_run: DryRunOption = False) -> None:
-    """Checks the profile's data and records its counts, split and hash.
-
-    \b
-    Example:  aletheia data snapshot --profile tiny
-    """
-    from pipeline.snapshot import Snapshot
-
-    _run(Snapshot, profile, set_, dry_run)
+    print_record(run_demo(_job(profile, set_)))
 
 
 @config_app.command("explain")
@@ -304,28 +263,15 @@ def _report(line: str, code: int, debug: bool) -> int:
 
 
 def _job(profile: str, assignments: list[str] | None, **options: Any) -> Any:
-    from pipeline.profile import load_profile
-    from pipeline.stage import Job
-    from pipeline.workspace import Workspace
+    from aletheia.jobs import make_job
 
-    workspace = Workspace.find()
-    return Job(workspace, load_profile(workspace, profile, assignments), **options)
+    return make_job(profile, assignments, **options)
 
 
 def _run(stage: Any, profile: str, assignments: list[str] | None, dry_run: bool, **options: Any) -> None:
-    from pipeline.stage import dry_run as plan
-    from pipeline.stage import run_stage
+    from aletheia.jobs import make_job, run_or_plan
 
-    job = _job(profile, assignments, **options)
-    if dry_run:
-        plan(stage, job)
-    else:
-        _print_record(run_stage(stage, job))
-
-
-def _print_record(record: Any) -> None:
-    """The record's path alone, on stdout."""
-    print(record.workspace.shown(record.file.path))
+    run_or_plan(stage, make_job(profile, assignments, **options), dry_run)
 
 
 if __name__ == "__main__":

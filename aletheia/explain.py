@@ -6,14 +6,12 @@ from contextlib import suppress
 from typing import Any
 
 from aletheia.output import print_json, print_table
-from pipeline.data.read import read_rows
-from pipeline.data.rows import Conversation, PreferencePair
-from pipeline.data.split import split
 from pipeline.errors import AletheiaError
 from pipeline.profile import settings
 from pipeline.progress import duration
 from pipeline.records.find import records
 from pipeline.stage import FEW_STEPS, Job, steps_in_all
+from pipeline.training_data import PARTS, TrainingRows, read
 
 
 def explain(job: Job, as_json: bool) -> None:
@@ -29,25 +27,23 @@ def explain(job: Job, as_json: bool) -> None:
 
 
 def _follows(job: Job) -> Iterator[tuple[str, str]]:
-    for stage, path, kind in (
-        ("sft", job.config.training_data.sft, Conversation),
-        ("dpo", job.config.training_data.dpo, PreferencePair),
-    ):
+    for kind, stage in PARTS.items():
         config = getattr(job.config, f"{stage}_config")
         a_step = config.batch_size * config.gradient_accumulation
+        rows: TrainingRows[Any]
         try:
-            train, held_out = split(read_rows(job.workspace, path, kind), job.config.training_data.validation)
+            rows = read(job.workspace, job.config.training_data, kind, job.config.eval_config.tasks, quiet=True)
         except AletheiaError as error:
             yield stage, f"unknown: {error}"
             continue
-        steps = steps_in_all(config, len(train))
+        steps = steps_in_all(config, len(rows.train))
         few = (
             f"; fewer than {FEW_STEPS} steps teach little: more rows or epochs, or a smaller batch"
             if steps < FEW_STEPS
             else ""
         )
         warmup = round(steps * config.warmup_ratio)
-        yield f"{stage} rows", f"{len(train)} to train, {len(held_out)} held out"
+        yield f"{stage} rows", rows.text()
         yield f"{stage} steps", f"{steps} of {a_step} rows, the first {warmup} warm up{few}"
         yield f"{stage} time", _time(job, stage, steps)
     yield from _memory(job)

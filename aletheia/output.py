@@ -12,15 +12,15 @@ def print_json(value: Any) -> None:
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]], out: Any) -> None:
     """Aligned columns; the last cell of a row may be a list of lines."""
     table = [
-        [*map(_printable, row[:-1]), row[-1] if isinstance(row[-1], list) else [row[-1]]] for row in [header, *rows]
+        [*map(printable, row[:-1]), row[-1] if isinstance(row[-1], list) else [row[-1]]] for row in [header, *rows]
     ]
     widths = [max(len(row[i]) for row in table) for i in range(len(header) - 1)]
     for row in table:
         cells = "  ".join(f"{cell:<{width}}" for cell, width in zip(row[:-1], widths, strict=True))
         for index, line in enumerate(row[-1] or [""]):
-            print(f"{cells if index == 0 else ' ' * len(cells)}  {_printable(line)}".rstrip(), file=out)
+            print(f"{cells if index == 0 else ' ' * len(cells)}  {printable(line)}".rstrip(), file=out)
 
 
-def _printable(cell: Any) -> str:
+def printable(cell: Any) -> str:
     """One line, and nothing in it that a terminal would obey: a cell may come from a file that someone edited."""
     return "".join(letter if letter.isprintable() else " " for letter in str(cell))

@@ -4,17 +4,15 @@ The profile's own tasks are the YAML files in `<training_data.eval>/tasks`; any 
 data comes from a hub. The chat template is applied, and no answer is cached between models.
 """
 
-import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from pipeline import yamlio
 from pipeline.chat import Chat
 from pipeline.config import EvalConfig
-from pipeline.errors import StageFailed, UserError
+from pipeline.errors import StageFailed
 from pipeline.progress import say
+from pipeline.tasks import task_name
 
 
 @dataclass(frozen=True)
@@ -24,25 +22,6 @@ class Scores:
     metric: str
     version: str
     items: dict[int, float]
-
-
-def find_tasks(folder: Path, names: Sequence[str]) -> list[dict[str, Any] | str]:
-    """Own tasks as configurations with absolute data files, others as lm-eval's names. Raises `UserError`."""
-    own: dict[str, dict[str, Any]] = {}
-    for path in sorted((folder / "tasks").glob("*.yaml")):
-        try:
-            task = yamlio.load(path.read_text("utf-8")).value
-        except yamlio.YamlError as error:
-            raise UserError(error.what, where=f"{path}:{error.line}:{error.column}") from None
-        except UnicodeDecodeError:
-            raise UserError("is not UTF-8", where=str(path)) from None
-        if not isinstance(task, dict) or not isinstance(task.get("task"), str):
-            raise UserError("a task is a mapping of keys to values, one of them `task`, its name", where=str(path))
-        options = task.get("dataset_kwargs")
-        if task["task"] in names and isinstance(options, dict) and "data_files" in options:
-            options["data_files"] = _absolute(options["data_files"], folder, path)
-        own[task["task"]] = task
-    return [own.get(name, name) for name in names]
 
 
 def run(
@@ -56,7 +35,7 @@ def run(
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    say(f"{label}: benchmarks {', '.join(_name(task) for task in tasks)}")
+    say(f"{label}: benchmarks {', '.join(task_name(task) for task in tasks)}")
     standard = any(isinstance(task, str) for task in tasks)
     try:
         results = lm_eval.simple_evaluate(
@@ -73,25 +52,26 @@ def run(
     return {name: _scores(name, results) for name in results["samples"]}
 
 
-def _absolute(files: Any, folder: Path, task: Path) -> Any:
-    """lm-eval takes patterns relative to where it was started; ours are relative to `folder`."""
-    if isinstance(files, dict):
-        return {split: _absolute(pattern, folder, task) for split, pattern in files.items()}
-    if isinstance(files, list):
-        return [_absolute(pattern, folder, task) for pattern in files]
-    pattern = str(folder / str(files))
-    if not glob.glob(pattern, recursive=True):
-        raise UserError(f"no file is named {pattern}", where=str(task))
-    return pattern
-
-
 def _scores(name: str, results: Any) -> Scores:
-    """The task's first metric: acc for multiple choice, exact_match and the like for generation."""
+    """The task's first metric: acc for multiple choice, exact_match or chrf and the like for generation."""
     samples = results["samples"][name]
-    metric = next(m for m in samples[0]["metrics"] if isinstance(samples[0].get(m), int | float))
-    items = {int(sample["doc_id"]): float(sample[metric]) for sample in samples}
+    metric = next((m for m in samples[0]["metrics"] if _value(m, samples[0].get(m)) is not None), None)
+    if metric is None:
+        what = ", ".join(samples[0]["metrics"])
+        raise StageFailed(
+            f"{name}: {what} gives no figure for an item", remedy="a metric such as acc, exact_match or chrf"
+        )
+    items = {int(sample["doc_id"]): float(_value(metric, sample[metric])) for sample in samples}  # type: ignore[arg-type]
     return Scores(metric, str(results["versions"].get(name)), items)
 
 
-def _name(task: dict[str, Any] | str) -> str:
-    return task if isinstance(task, str) else str(task["task"])
+def _value(metric: str, found: Any) -> float | None:
+    """An item's figure. lm-eval keeps [reference, answer] where it scores the corpus as a whole; sacrebleu scores one."""
+    if isinstance(found, int | float):
+        return float(found)
+    if isinstance(found, list | tuple) and len(found) == 2 and metric in ("bleu", "chrf", "ter"):
+        import sacrebleu
+
+        reference, answer = (part if isinstance(part, str) else part[0] for part in found)
+        return float(getattr(sacrebleu, f"sentence_{metric}")(answer, [reference]).score)
+    return None

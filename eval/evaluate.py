@@ -16,13 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from eval import benchmarks, judge, winrate
+from eval import judge, winrate
 from eval.measure import Items, Measurement, measure
 from pipeline import statistics
 from pipeline.chat import Chat
 from pipeline.data.read import read_rows
-from pipeline.data.rows import Conversation, PreferencePair, Question, describe, hashes
-from pipeline.data.split import split
+from pipeline.data.rows import AnyRow, Conversation, PreferencePair, Question, describe, hashes
 from pipeline.errors import UserError
 from pipeline.model import Base
 from pipeline.progress import say
@@ -31,9 +30,11 @@ from pipeline.records.lifecycle import Record
 from pipeline.records.metrics import benchmark_is_lower_better
 from pipeline.records.schema import Input
 from pipeline.stage import Job, Source
+from pipeline.tasks import find_tasks
+from pipeline.training_data import PARTS, recorded
 from serving.serve import load_source, model_name, servable
 
-PARTS = ("heldout", "benchmarks", "winrate")
+EVALUATIONS = ("heldout", "benchmarks", "winrate")
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Evaluate:
         source, base, chat = servable(job)
         if chat.contract != base.chat().contract:
             raise UserError("its chat template is not its base's", where=chat.name)
-        items = _items(job, source, job.parts or PARTS)
+        items = _items(job, source, job.parts or EVALUATIONS)
         if items.questions:
             say(f"win-rate: {winrate.planned_precision(len(items.questions))}")
         return cls(job, base, chat, source, items, [source.input])
@@ -163,31 +164,21 @@ def _items(job: Job, source: Source, parts: tuple[str, ...] | list[str]) -> Item
     paths, items = job.config.training_data, Items()
     folder = job.workspace.path(paths.eval)
     if "heldout" in parts:
-        items.conversations = _held_out(job, source, "sft", paths.sft, Conversation)
-        items.pairs = _held_out(job, source, "dpo", paths.dpo, PreferencePair)
+        items.conversations = _held_out(job, source, Conversation)
+        items.pairs = _held_out(job, source, PreferencePair)
     if "benchmarks" in parts:
-        items.tasks = benchmarks.find_tasks(folder, job.config.eval_config.tasks)
+        items.tasks = find_tasks(folder, job.config.eval_config.tasks)
     if "winrate" in parts:
         items.questions = read_rows(job.workspace, f"{paths.eval}/questions", Question)
     return items
 
 
-def _held_out(job: Job, source: Source, stage: str, path: str, kind: Any) -> list[Any]:
-    """Raises `UserError` when the rows changed since training: some of them may then have been trained on."""
-    ancestor = find.ancestor(job.workspace, source.file, source.facts, stage)
+def _held_out(job: Job, source: Source, kind: type[AnyRow]) -> list[AnyRow]:
+    """The very rows that the training of this model held out. Raises `UserError` when they are nowhere any more."""
+    ancestor = find.ancestor(job.workspace, source.file, source.facts, PARTS[kind])
     if ancestor is None:
         return []  # an SFT-only model has seen no pairs, and pairs are then not its measure
-    file, facts = ancestor
-    _, held_out = split(read_rows(job.workspace, path, kind), job.config.training_data.validation)
-    if not held_out:
-        return []
-    if describe(held_out)["sha256"] != facts.data.get("held_out", {}).get("sha256"):
-        raise UserError(
-            f"the rows that {file.id} held out are not the ones held out now: some may have been trained on",
-            where=path,
-            remedy=f"the rows and training_data.validation of {file.id}, or training again",
-        )
-    return held_out
+    return recorded(job.workspace, job.config, *ancestor, "held_out", kind)
 
 
 def _plain(figures: statistics.Figure | statistics.Change) -> dict[str, Any]:

@@ -35,10 +35,10 @@ class Measurement:
 def measure(model: Any, chat: Chat, items: Items, config: EvalConfig, label: str) -> Measurement:
     result, pad = Measurement(), chat.tokenizer.pad_token_id
     if items.conversations:
-        encoded = heldout.encode_conversations(chat, items.conversations)
+        encoded = [chat.conversation(row.messages) for row in items.conversations]
         result.losses = heldout.losses(model, encoded, pad, config.batch_size, f"{label}: held-out loss")
     if items.pairs:
-        pairs = [heldout.encode_pair(chat, pair) for pair in items.pairs]
+        pairs = [chat.pair(pair) for pair in items.pairs]
         result.margins = heldout.margins(model, pairs, pad, config.batch_size, f"{label}: held-out pairs")
     if items.tasks:
         result.scores = benchmarks.run(model, chat, items.tasks, config, label)

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.rows import Message
+from pipeline.data.rows import Message, PreferencePair
 from pipeline.errors import UserError
 
 CONTRACT_FILE = "chat_contract.json"
-_PROBES = (
+PROBES = (
     [
         Message(role="user", content="What is an index?"),
         Message(role="assistant", content="A sorted copy of a column."),
@@ -31,7 +31,7 @@ _PROBES = (
         Message(role="assistant", content="\n- one\n- two"),
     ],
 )
-_SYSTEM_PROBE = [Message(role="system", content="Be brief."), *_PROBES[0]]
+_SYSTEM_PROBE = [Message(role="system", content="Be brief."), *PROBES[0]]
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,21 @@ class Chat:
             ids = prompt + completion
         return Encoded(ids, mask)
 
+    def pair(self, pair: PreferencePair) -> tuple[Encoded, Encoded]:
+        """Prompt + chosen and prompt + rejected; only the completions are trained."""
+        prompt = self.prompt(pair.prompt)
+        sides = []
+        for answer in (pair.chosen, pair.rejected):
+            completion = self.completion([*pair.prompt, *answer])
+            sides.append(Encoded(prompt + completion, [False] * len(prompt) + [True] * len(completion)))
+        return sides[0], sides[1]
+
     def reserved_in(self, messages: Sequence[Message]) -> str | None:
         """A special token that stands in a message's text, where it would end or forge a turn; None when there is none."""
-        return next((t for t in self._reserved for m in messages if t in m.content), None)
+        return next((token for m in messages if (token := self.reserved(m.content))), None)
+
+    def reserved(self, text: str) -> str | None:
+        return next((token for token in self._reserved if token in text), None)
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
         turns = [m.model_dump() for m in messages]
@@ -148,7 +160,7 @@ class Chat:
         return ids
 
     def _contract(self) -> Contract:
-        sequences = [self.conversation(probe) for probe in _PROBES]
+        sequences = [self.conversation(probe) for probe in PROBES]
         for encoded in sequences:
             turns = sum(
                 1 for t, trained in zip(encoded.ids, encoded.mask, strict=True) if trained and t == self.end_of_turn_id

@@ -17,9 +17,7 @@ from typing import Any, ClassVar, Self
 
 from pipeline import heldout, statistics
 from pipeline.chat import Chat, Encoded
-from pipeline.data.read import read_rows
 from pipeline.data.rows import PreferencePair
-from pipeline.data.split import split
 from pipeline.errors import StageFailed
 from pipeline.model import Base, check_trained_on, find_base
 from pipeline.progress import say
@@ -27,7 +25,7 @@ from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Input
 from pipeline.stage import Job, Source, steps_in_all, take
 from pipeline.statistics import Figure
-from pipeline.training_data import check_context, encoded
+from pipeline.training_data import TrainingRows, check_context, encoded, read
 
 EncodedPair = tuple[PreferencePair, tuple[Encoded, Encoded]]
 PAIRS_CHECKED = 8  # enough to show a wrong reference, cheap enough to run every time
@@ -40,13 +38,13 @@ class Dpo:
     job: Job
     base: Base
     chat: Chat
-    rows: list[PreferencePair]
+    rows: TrainingRows[PreferencePair]
     source: Source | None  # None: straight on the base
     inputs: list[Input]
 
     @classmethod
     def prepare(cls, job: Job) -> Self:
-        rows = read_rows(job.workspace, job.config.training_data.dpo, PreferencePair)
+        rows = read(job.workspace, job.config.training_data, PreferencePair, job.config.eval_config.tasks)
         source = None if job.source == "base" else take(job, ["sft"], "adapter")
         base = find_base(job.workspace, job.profile)
         check_context(job, base, "dpo_config")
@@ -57,12 +55,11 @@ class Dpo:
 
     def plan(self) -> list[tuple[str, str]]:
         config = self.job.config.dpo_config
-        train, held_out = split(self.rows, self.job.config.training_data.validation)
         return [
             ("policy and reference", self.source.file.id if self.source else f"{self.base.name}, no SFT"),
-            ("pairs", f"{len(train)} to train, {len(held_out)} held out"),
+            ("pairs", self.rows.text()),
             ("a step learns from", f"{config.batch_size * config.gradient_accumulation} pairs"),
-            ("steps", str(steps_in_all(config, len(train)))),
+            ("steps", str(steps_in_all(config, len(self.rows.train)))),
         ]
 
     def run(self, record: Record) -> None:
@@ -73,9 +70,7 @@ class Dpo:
         from pipeline.private import PreparedDpoTrainer
 
         config, job = self.job.config.dpo_config, self.job
-        train_pairs, held_out = encoded(
-            job, record, self.base, self.chat, self.rows, partial(heldout.encode_pair, self.chat), config.max_length
-        )
+        train_pairs, held_out = encoded(job, record, self.base, self.chat, self.rows, self.chat.pair, config.max_length)
         pad, batch = self.chat.tokenizer.pad_token_id, job.config.eval_config.batch_size
 
         def margins(model: Any, what: str, pause: heldout.Pause = heldout.no_pause) -> list[float]:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.chat import Chat, Encoded
-from pipeline.data.rows import Conversation, PreferencePair
+from pipeline.chat import Encoded
 from pipeline.progress import track
 from pipeline.statistics import Figure
 
@@ -89,20 +88,6 @@ def _eval_mode(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def encode_pair(chat: Chat, pair: PreferencePair) -> tuple[Encoded, Encoded]:
-    """Prompt + chosen and prompt + rejected; only the completions count."""
-    prompt = chat.prompt(pair.prompt)
-    sides = []
-    for answer in (pair.chosen, pair.rejected):
-        completion = chat.completion([*pair.prompt, *answer])
-        sides.append(Encoded(prompt + completion, [False] * len(prompt) + [True] * len(completion)))
-    return sides[0], sides[1]
-
-
-def encode_conversations(chat: Chat, rows: Sequence[Conversation]) -> list[Encoded]:
-    return [chat.conversation(row.messages) for row in rows]
 
 
 def write(folder: Path, ids: Sequence[str], before: Sequence[float], after: Sequence[float]) -> None:

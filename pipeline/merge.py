@@ -13,15 +13,13 @@ stored are used.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pipeline.chat import Chat
-from pipeline.data.read import read_rows
-from pipeline.data.rows import Conversation
-from pipeline.data.split import split
+from pipeline.chat import PROBES, Chat
+from pipeline.data.rows import Message, PreferencePair
 from pipeline.errors import StageFailed, UserError
 from pipeline.model import Base, check_trained_on, find_base, load_model
 from pipeline.progress import Progress, say
@@ -30,6 +28,7 @@ from pipeline.records.find import artifacts, link_newest
 from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Input
 from pipeline.stage import Job, Source, take
+from pipeline.training_data import PARTS, recorded
 
 INDEX = "model.safetensors.index.json"
 PROMPTS_CHECKED = 4
@@ -178,7 +177,7 @@ class Merge:
         if 3 * size > psutil.virtual_memory().available:
             say("note: the model does not fit in memory twice: logits are not compared, the tensors are")
             return {"logits": "not compared: the model does not fit in memory twice"}
-        prompts = [self.chat.prompt(row.messages[:-1]) for row in self._prompts()]
+        prompts = [self.chat.prompt(messages) for messages in self._prompts()]
         outputs = []
         for adapted in (True, False):
             model = load_model(self.base.folder if adapted else merged, self.base)
@@ -201,10 +200,19 @@ class Merge:
             "prompts": len(prompts),
         }
 
-    def _prompts(self) -> list[Conversation]:
-        rows = read_rows(self.job.workspace, self.job.config.training_data.sft, Conversation)
-        _, held_out = split(rows, self.job.config.training_data.validation)
-        return (held_out or rows)[:PROMPTS_CHECKED]
+    def _prompts(self) -> list[Sequence[Message]]:
+        """Of rows that its training held out, or trained; of the contract's own conversations where those are gone."""
+        facts = self.source.facts
+        kind = next(kind for kind, stage in PARTS.items() if stage == facts.stage)
+        try:
+            for part in ("held_out", "train"):
+                rows: list[Any] = recorded(self.job.workspace, self.job.config, self.source.file, facts, part, kind)
+                if rows:
+                    found = rows[:PROMPTS_CHECKED]
+                    return [row.prompt if kind is PreferencePair else row.messages[:-1] for row in found]
+        except UserError as error:
+            say(f"note: logits are compared on prompts of the chat contract: {error}")
+        return [probe[:-1] for probe in PROBES]
 
     def _enough_disk(self, folder: Path) -> None:
         needed = sum(f.stat().st_size for f in self.base.folder.glob("*.safetensors"))

@@ -40,7 +40,7 @@ class Progress:
 
     def __init__(self, description: str, total: int, unit: str = "row", done: int = 0) -> None:
         self.description, self.total = description, total
-        self.units = f"{unit}es" if unit.endswith("ch") else f"{unit}s"
+        self.units = unit if unit.isupper() else f"{unit}es" if unit.endswith("ch") else f"{unit}s"
         self.done = self.first = done
         self.note = ""
         self._started = self._drawn = time.monotonic()

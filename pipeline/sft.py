@@ -12,15 +12,14 @@ from typing import Any, ClassVar, Self
 
 from pipeline import heldout, statistics
 from pipeline.chat import Chat, Encoded
-from pipeline.data.read import read_rows
 from pipeline.data.rows import Conversation
-from pipeline.data.split import shuffle_answers, split
+from pipeline.data.split import shuffle_answers
 from pipeline.model import Base, find_base
 from pipeline.progress import say
 from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Input
 from pipeline.stage import FEW_STEPS, Job, steps_in_all
-from pipeline.training_data import check_context, encoded
+from pipeline.training_data import TrainingRows, check_context, encoded, read
 
 
 @dataclass
@@ -30,24 +29,23 @@ class Sft:
     job: Job
     base: Base
     chat: Chat
-    rows: list[Conversation]
+    rows: TrainingRows[Conversation]
     inputs: list[Input] = field(default_factory=list)
 
     @classmethod
     def prepare(cls, job: Job) -> Self:
-        rows = read_rows(job.workspace, job.config.training_data.sft, Conversation)
+        rows = read(job.workspace, job.config.training_data, Conversation, job.config.eval_config.tasks)
         base = find_base(job.workspace, job.profile)
         check_context(job, base, "sft_config")
         return cls(job, base, base.chat(), rows)
 
     def plan(self) -> list[tuple[str, str]]:
         config = self.job.config.sft_config
-        train, held_out = split(self.rows, self.job.config.training_data.validation)
-        steps = steps_in_all(config, len(train))
+        steps = steps_in_all(config, len(self.rows.train))
         few = f"  (fewer than {FEW_STEPS}: more rows or epochs, or a smaller batch)" if steps < FEW_STEPS else ""
         return [
             ("base", f"{self.base.name} on {self.base.device}, quantization {self.base.quantization}"),
-            ("rows", f"{len(train)} to train, {len(held_out)} held out"),
+            ("rows", self.rows.text()),
             ("a step learns from", f"{config.batch_size * config.gradient_accumulation} rows"),
             ("steps", str(steps) + few),
         ]

@@ -1,22 +1,23 @@
-"""Data: reads all rows of a profile, checks them, and records counts, split and hashes.
+"""Data: every row of a profile through the gate, and what passes kept as a snapshot.
 
     aletheia data snapshot --profile tiny        make data PROFILE=tiny
 
-Training reads the same rows again and records their hashes itself; this stage is for looking before training, and the
-first step of a pipeline. It checks form, not quality.
+Training sends the same rows through the same gate and records the same hashes; this stage is for looking before training,
+and the first step of a pipeline. Rejected rows stand in `rejects.jsonl` beside the record.
 """
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
+from pipeline.data import store
 from pipeline.data.read import read_rows
 from pipeline.data.rows import Conversation, MultipleChoice, PreferencePair, Question, describe, hashes
-from pipeline.data.split import split
 from pipeline.progress import say
 from pipeline.records import items
 from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Input
 from pipeline.stage import Job
+from pipeline.training_data import TrainingRows, read, stop_at_too_many, write_rejects
 
 
 @dataclass
@@ -24,50 +25,46 @@ class Snapshot:
     name: ClassVar[str] = "data"
 
     job: Job
-    sft: list[Conversation]
-    dpo: list[PreferencePair]
+    sft: TrainingRows[Conversation]
+    dpo: TrainingRows[PreferencePair]
     questions: list[Question]
     choices: list[MultipleChoice]
     inputs: list[Input] = field(default_factory=list)
 
     @classmethod
     def prepare(cls, job: Job) -> Self:
-        paths, workspace = job.config.training_data, job.workspace
+        paths, workspace, tasks = job.config.training_data, job.workspace, job.config.eval_config.tasks
         return cls(
             job,
-            read_rows(workspace, paths.sft, Conversation),
-            read_rows(workspace, paths.dpo, PreferencePair),
+            read(workspace, paths, Conversation, tasks),
+            read(workspace, paths, PreferencePair, tasks),
             read_rows(workspace, f"{paths.eval}/questions", Question),
             read_rows(workspace, f"{paths.eval}/choices", MultipleChoice),
         )
 
     def plan(self) -> list[tuple[str, str]]:
         return [
-            ("sft", self._split_text(self.sft)),
-            ("dpo", self._split_text(self.dpo)),
+            ("sft", self.sft.text()),
+            ("dpo", self.dpo.text()),
             ("eval", f"{len(self.questions)} open questions, {len(self.choices)} multiple choice"),
         ]
 
     def run(self, record: Record) -> None:
+        training: dict[str, TrainingRows[Any]] = {"sft": self.sft, "dpo": self.dpo}
+        evaluation: dict[str, list[Any]] = {"questions": self.questions, "choices": self.choices}
         record.facts.data = {
-            "sft": self._split(self.sft),
-            "dpo": self._split(self.dpo),
-            "questions": describe(self.questions),
-            "choices": describe(self.choices),
+            **{name: rows.described(self.job) for name, rows in training.items()},
+            **{name: describe(rows) for name, rows in evaluation.items()},
         }
-        sets: dict[str, list[Any]] = {"questions": self.questions, "choices": self.choices}
-        for name, rows in (("sft", self.sft), ("dpo", self.dpo)):
-            train, held_out = split(rows, self.job.config.training_data.validation)
-            sets |= {f"{name}.train": train, f"{name}.held_out": held_out}
-        items.write_rows(record.folder, {name: hashes(rows) for name, rows in sets.items()})
-        record.facts.results = {"rows": len(self.sft) + len(self.dpo) + len(self.questions) + len(self.choices)}
+        for rows in evaluation.values():
+            store.keep(self.job.workspace, rows)
+        parts = {f"{name}.{end}": getattr(r, end) for name, r in training.items() for end in ("train", "held_out")}
+        items.write_rows(record.folder, {name: hashes(rows) for name, rows in (parts | evaluation).items()})
+        write_rejects(record.folder, [*self.sft.rejects, *self.dpo.rejects])
+        rows_in_all = [len(r.every) for r in training.values()] + [len(rows) for rows in evaluation.values()]
+        record.facts.results = {"rows": sum(rows_in_all)}
+        record.save()
         for label, text in self.plan():
             say(f"{label}: {text}")
-
-    def _split(self, rows: list[Any]) -> dict[str, Any]:
-        train, held_out = split(rows, self.job.config.training_data.validation)
-        return {"train": describe(train), "held_out": describe(held_out)}
-
-    def _split_text(self, rows: list[Any]) -> str:
-        train, held_out = split(rows, self.job.config.training_data.validation)
-        return f"{len(train)} rows to train, {len(held_out)} held out"
+        for r in training.values():
+            stop_at_too_many(self.job, record, r.rejects, r.read)

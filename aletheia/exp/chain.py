@@ -5,7 +5,7 @@ Everything here only reads. `verify` checks all of it; `reproduce` restores a ru
 
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -15,7 +15,6 @@ from pydantic import ValidationError
 from pipeline.config import TrainingData
 from pipeline.data.read import read_rows
 from pipeline.data.rows import Conversation, MultipleChoice, PreferencePair, Question, Row, describe
-from pipeline.data.split import split
 from pipeline.errors import UserError
 from pipeline.progress import say
 from pipeline.records import find
@@ -23,6 +22,7 @@ from pipeline.records.file import Reading, RecordFile
 from pipeline.records.ids import ID
 from pipeline.records.lifecycle import liveness
 from pipeline.records.schema import Facts, Input
+from pipeline.training_data import TrainingRows, read
 from pipeline.workspace import Workspace
 
 LARGE = 200_000_000  # bytes; hashing more than this takes seconds, and is shown
@@ -140,19 +140,20 @@ class Rows:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
-        self._read: dict[tuple[str, str], list[Row]] = {}
+        self._read: dict[str, TrainingRows[Any] | list[Any]] = {}
 
-    def describe(self, paths: TrainingData, part: str) -> dict[str, Any]:
+    def describe(self, paths: TrainingData, tasks: Sequence[str], part: str) -> dict[str, Any]:
         """`part`: sft.train, …, questions. Raises `UserError` where they cannot be read."""
         source, _, end = part.partition(".")
-        path = getattr(paths, source) if end else f"{paths.eval}/{source}"
-        if (path, source) not in self._read:
-            self._read[path, source] = read_rows(self.workspace, path, KINDS[source])
-        rows = self._read[path, source]
-        if end:
-            train, held_out = split(rows, paths.validation)
-            rows = train if end == "train" else held_out
-        return describe(rows)
+        key = f"{source} {tasks} {paths.model_dump_json()}"
+        if key not in self._read:
+            self._read[key] = (
+                read(self.workspace, paths, KINDS[source], tasks, quiet=True)
+                if end
+                else read_rows(self.workspace, f"{paths.eval}/{source}", KINDS[source])
+            )
+        rows = self._read[key]
+        return describe(getattr(rows, end) if isinstance(rows, TrainingRows) else rows)
 
 
 def recorded_rows(facts: Facts) -> dict[str, dict[str, Any]]:
@@ -165,6 +166,13 @@ def recorded_rows(facts: Facts) -> dict[str, dict[str, Any]]:
         if isinstance(block, dict) and isinstance(block.get("sha256"), str):
             found[part] = block
     return found
+
+
+def benchmark_tasks(facts: Facts) -> list[str]:
+    """Whose documents were not to stand in the rows."""
+    evaluation = facts.configuration.get("eval_config")
+    tasks = evaluation.get("tasks") if isinstance(evaluation, dict) else None
+    return [task for task in tasks if isinstance(task, str)] if isinstance(tasks, list) else []
 
 
 def training_data(facts: Facts) -> TrainingData:

@@ -22,7 +22,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from aletheia.exp.chain import Chain, Found, lower_half, patches, recorded_rows, training_data
+from aletheia.exp.chain import Chain, Found, benchmark_tasks, lower_half, patches, recorded_rows, training_data
 from aletheia.exp.verify import Check, checked, failures
 from pipeline import yamlio
 from pipeline.errors import UserError
@@ -249,7 +249,7 @@ class Restored:
         rows = chain.rows if at == self.workspace else type(chain.rows)(at)
         for part in parts:
             try:
-                now = rows.describe(training_data(self.facts), part)
+                now = rows.describe(training_data(self.facts), benchmark_tasks(self.facts), part)
             except UserError as error:
                 return str(error)
             if now["sha256"] != then[part]["sha256"]:

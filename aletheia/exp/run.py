@@ -195,7 +195,7 @@ def _changed_rows(job: Job, facts: Facts) -> str | None:
     """The first part of its rows that is not what it was; None where all are."""
     rows = Rows(job.workspace)
     for part, recorded in recorded_rows(facts).items():
-        if rows.describe(job.config.training_data, part)["sha256"] != recorded["sha256"]:
+        if rows.describe(job.config.training_data, job.config.eval_config.tasks, part)["sha256"] != recorded["sha256"]:
             return part
     return None
 

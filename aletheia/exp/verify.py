@@ -25,6 +25,7 @@ from aletheia.exp.chain import (
     Chain,
     Finding,
     Found,
+    benchmark_tasks,
     differs,
     lower_half,
     not_plain,
@@ -207,7 +208,7 @@ class _Checks:
     def _rows_on_disk(self, facts: Facts) -> Iterator[Found]:
         for part, then in recorded_rows(facts).items():
             try:
-                now = self.chain.rows.describe(training_data(facts), part)
+                now = self.chain.rows.describe(training_data(facts), benchmark_tasks(facts), part)
             except UserError as error:
                 yield f"rows {part}", "warning", f"those of then are not there: {error}"
                 continue

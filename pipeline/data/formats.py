@@ -1,16 +1,339 @@
-"""The shapes that rows come in, and one conversion each to the project's own."""
+"""The shapes that rows come in, and one conversion each to the project's own four (`pipeline.data.rows`).
 
+    kind, values = converted({"instruction": "…", "output": "…"})     # Conversation, {"messages": […]}
+
+A row's format is told by its fields. What a conversion does not use is carried over as it is; a field that is null is as one
+that is not there. What cannot be said in the project's shapes is refused and never left out: tools and calls of them,
+images and sound, a message's weight other than 1, KTO's labels. Of a message, `name` and `id` are left out, and so is any
+other field that holds nothing. A `developer` is a system; a `system` or `system_prompt` beside the messages goes first; parts
+of a text are joined by a line end; an Alpaca `input` or a Dolly `context` follows its instruction after a blank line.
+
+Whatever the format, every assistant's turn of a conversation is trained, also one of a `history` or a `prompt`.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data.rows import KINDS, SHAPES, Row, RowFault
+from pipeline.data.rows import KINDS, Conversation, MultipleChoice, PreferencePair, Question, Row, RowFault
+
+Values = dict[str, Any]
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_FROM = _ROLES | {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+_OF_TOOLS = ("tool", "function", "function_call", "tool_call", "observation", "ipython")
+_UNSUPPORTED = {  # fields that change what a row means, and why such a row is refused
+    "tools": "calls of tools are not trained",
+    "functions": "calls of tools are not trained",
+    "chat_template_kwargs": "the chat template takes messages alone",
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "only text is trained"),
+}
+_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # Anthropic's HH
+_SYSTEM = ("system", "system_prompt")  # the second is OpenOrca's
+_EMPTY: tuple[Any, ...] = (None, "", [], {}, "[]")
 
 
-def converted(values: dict[str, Any], kind: type[Row] | None = None) -> tuple[type[Row], dict[str, Any]]:
-    """What kind of row some values are, and the values in the project's own shape. Raises `RowFault`."""
-    if kind:
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One shape that rows come in."""
+
+    name: str
+    fields: tuple[str, ...]  # what it is told by
+    becomes: type[Row]
+    convert: Callable[[Values], Values]  # gives the text fields of the kind it becomes
+    optional: tuple[str, ...] = ()  # what it uses too, where it is there
+
+    @property
+    def shape(self) -> str:
+        """`{instruction, output, input?}`."""
+        return "{" + ", ".join([*self.fields, *(f"{field}?" for field in self.optional)]) + "}"
+
+
+def converted(values: Values, kind: type[Row] | None = None) -> tuple[type[Row], Values]:
+    """What kind of row some values are, and the values in the project's own shape. Raises `RowFault`.
+
+    With a `kind` only formats that become that are known. What misses a field of its kind is given back as it is, and
+    `validated` says which.
+    """
+    if None in values.values():
+        values = {field: value for field, value in values.items() if value is not None}
+    known = [f for needs, f in _BY_FIELDS if needs <= values.keys() and kind in (None, f.becomes)]
+    if len(known) > 1:  # {question, choices, answer} is no {question, answer}
+        known = [f for f in known if not any(set(f.fields) < set(other.fields) for other in known)]
+    if len(known) > 1:
+        names = " and ".join(f"{f.name} {f.shape}" for f in known)
+        raise RowFault("unknown-shape", f"could be {names}", "to take the fields of one of them out")
+    if not known:
+        kind = kind or next((own for field, own in KINDS.items() if field in values), None)
+        if not kind:
+            remedy = "; ".join(f.shape for f in FORMATS)
+            raise RowFault("unknown-shape", f"has no known shape (found: {_listed(values)})", remedy)
         return kind, values
-    for field, known in KINDS.items():
-        if field in values:
-            return known, values
-    found = ", ".join(values) or "nothing"
-    raise RowFault("unknown-shape", f"has no known shape (found: {found})", "; ".join(SHAPES.values()))
+    return known[0].becomes, _converted(values, known[0])
+
+
+def _converted(values: Values, known: Format) -> Values:
+    for field in _UNSUPPORTED.keys() & values.keys():
+        if values[field] not in _EMPTY:
+            raise RowFault("unknown-shape", f"has `{field}`: {_UNSUPPORTED[field]}", "to leave such rows out")
+    used = {*known.fields, *known.optional, *_UNSUPPORTED, *(_SYSTEM if "system" in known.optional else ())}
+    texts = known.convert(values)
+    row = {field: value for field, value in values.items() if field not in used or field in texts} | texts
+    if type(row.get("id")) is int:
+        row["id"] = str(row["id"])
+    return row
+
+
+# ── Conversations ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _conversation(field: str) -> Callable[[Values], Values]:
+    return lambda values: {"messages": _with_system(values, _messages(values[field], field))}
+
+
+def _turn(asked: str, answer: str, context: str = "") -> Callable[[Values], Values]:
+    """A question and its answer, each a text or messages."""
+
+    def convert(values: Values) -> Values:
+        if str(values.get("label")).lower() in ("true", "false", "0", "1"):
+            raise RowFault("unknown-shape", "has a `label`, as KTO's rows: whether to learn it or not is not trained")
+        prompt = _prompt(values, asked, context)
+        return {"messages": _with_system(values, [*_history(values), *prompt, *_side(values[answer], answer)])}
+
+    return convert
+
+
+def _history(values: Values) -> list[Any]:
+    """Alpaca's: pairs of what was asked and answered before."""
+    messages: list[Any] = []
+    history = values.get("history") or []
+    if not isinstance(history, list):
+        raise RowFault("wrong-type", f"history: is a {type(history).__name__}, not a list of pairs")
+    for number, pair in enumerate(history):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RowFault("wrong-type", f"history.{number}: is no pair of an instruction and its output")
+        messages += [_text(pair[0], "user", f"history.{number}.0"), _text(pair[1], "assistant", f"history.{number}.1")]
+    return messages
+
+
+# ── Preference pairs ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _pair(asked: str, context: str = "") -> Callable[[Values], Values]:
+    def convert(values: Values) -> Values:
+        prompt = _with_system(values, _prompt(values, asked, context))
+        sides = {side: _after(prompt, _side(values[side], side), side) for side in ("chosen", "rejected")}
+        return {"prompt": prompt} | sides
+
+    return convert
+
+
+def _after(prompt: list[Any], side: list[Any], name: str) -> list[Any]:
+    """What a side says after the prompt, which it may repeat, with or without its system message."""
+    if len(side) < 2 or _role(side[0]) == "assistant":
+        return side
+    bare = prompt[1:] if _role(prompt[0] if prompt else None) == "system" else prompt
+    for repeated in (prompt, bare):
+        if side[: len(repeated)] == repeated:
+            return side[len(repeated) :]
+    raise RowFault("prompt-mismatch", f"{name} begins with another prompt than the row's own")
+
+
+def _implicit_pair(values: Values) -> Values:
+    """The prompt is what both sides begin with. Without one the row is given back as it is: it misses its prompt."""
+    given = {side: values[side] for side in ("chosen", "rejected")}
+    if not all(isinstance(value, list) or _is_dialogue(value) for value in given.values()):
+        return given
+    chosen, rejected = (_side(value, side) for side, value in given.items())
+    if len(chosen) == len(rejected) == 1:
+        return given
+    most = min(len(chosen), len(rejected)) - 1
+    shared = next((n for n in range(most) if chosen[n] != rejected[n]), max(most, 0))
+    prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    if len(chosen) != 1 or len(rejected) != 1 or not prompt:
+        raise RowFault(
+            "prompt-mismatch", f"chosen and rejected differ from message {shared + 1} on, before the last of both"
+        )
+    return {"prompt": _with_system(values, prompt), "chosen": chosen, "rejected": rejected}
+
+
+# ── Messages ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _prompt(values: Values, field: str, context: str) -> list[Any]:
+    """What is asked: messages, or a text with what it is about."""
+    value, about = values[field], values.get(context) or ""
+    if not about:
+        return _asked(value, field)
+    if not isinstance(value, str) or not isinstance(about, str):
+        raise RowFault("wrong-type", f"{field} and {context}: are not both texts")
+    return [_text("\n\n".join(text for text in (value, about) if text.strip()), "user", field)]
+
+
+def _asked(value: Any, field: str) -> list[Any]:
+    if _is_dialogue(value):
+        messages = _dialogue(value, field)
+        return messages[:-1] if messages[-1] == {"role": "assistant", "content": ""} else messages
+    return [_text(value, "user", field)] if isinstance(value, str) else _listed_messages(value, field)
+
+
+def _side(value: Any, field: str) -> list[Any]:
+    """An answer, or a conversation that ends in one."""
+    if _is_dialogue(value):
+        return _dialogue(value, field)
+    return [_text(value, "assistant", field)] if isinstance(value, str) else _listed_messages(value, field)
+
+
+def _text(value: Any, role: str, field: str) -> dict[str, str]:
+    if not isinstance(value, str):
+        raise RowFault("wrong-type", f"{field}: is a {type(value).__name__}, not a text")
+    if not value.strip():
+        raise RowFault("empty-field", f"{field}: is empty")
+    return {"role": role, "content": value}
+
+
+def _is_dialogue(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("Human:")
+
+
+def _dialogue(text: str, field: str) -> list[Any]:
+    """`\\n\\nHuman: … \\n\\nAssistant: …` as messages, without the space around them."""
+    _, *pieces = _SPEAKER.split(text)
+    speakers = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": speakers[who], "content": said.strip()} for who, said in zip(pieces[::2], pieces[1::2], strict=True)
+    ]
+
+
+def _listed_messages(value: Any, field: str) -> list[Any]:
+    messages = _messages([value] if isinstance(value, dict) else value, field)
+    if not isinstance(messages, list):
+        raise RowFault("wrong-type", f"{field}: is a {type(value).__name__}, neither a text nor messages")
+    return messages
+
+
+def _messages(value: Any, field: str) -> Any:
+    """Each with a role and a content alone. What is no list is given back for `validated` to refuse."""
+    if not isinstance(value, list) or all(_is_plain(message) for message in value):
+        return value
+    return [_message(message, f"{field}.{number}") for number, message in enumerate(value)]
+
+
+def _is_plain(message: Any) -> bool:
+    return (
+        type(message) is dict
+        and len(message) == 2
+        and message.get("role") in ("user", "assistant", "system")
+        and type(message.get("content")) is str
+    )
+
+
+def _message(message: Any, where: str) -> Any:
+    if not isinstance(message, dict):
+        return message
+    if message.get("role") is None and "from" in message:  # ShareGPT's names
+        names = {"from": "role", "value": "content"}
+        message = {names.get(key, key): value for key, value in message.items() if key != "role"}
+        message["role"] = _FROM.get(str(message["role"]), message["role"])
+    result: dict[str, Any] = {}
+    for key, value in message.items():
+        if key == "role":
+            if value in _OF_TOOLS:
+                raise RowFault("unknown-shape", f"{where}.role: {value}: calls of tools are not trained")
+            result[key] = _ROLES.get(str(value), value)
+        elif key == "content":
+            result[key] = _joined(value, where) if isinstance(value, list) else value
+        elif key not in ("name", "id") and value not in _EMPTY and not (key == "weight" and value == 1):
+            raise RowFault(
+                "unknown-shape", f"{where}.{key}: {_REFUSED.get(key, 'is nothing that a message is trained with')}"
+            )
+    return result
+
+
+_REFUSED = {
+    "weight": "every answer weighs 1",
+    **dict.fromkeys(("tool_calls", "function_call", "tool_call_id"), "calls of tools are not trained"),
+}
+
+
+def _joined(parts: list[Any], where: str) -> str:
+    """OpenAI's parts of a content."""
+    texts: list[str] = []
+    for number, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        text = part.get("text") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(text, str):
+            raise RowFault("unknown-shape", f"{where}.content.{number}: is a part of type {kind}: only text is trained")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _with_system(values: Values, messages: Any) -> Any:
+    """A system prompt that stands in a field of its own goes first."""
+    system = next((values[field] for field in _SYSTEM if values.get(field)), None)
+    if not system or not isinstance(messages, list):
+        return messages
+    first = _text(system, "system", "system")
+    if messages and _role(messages[0]) == "system":
+        if messages[0] == first:
+            return messages
+        raise RowFault("role-order", "has a `system`, and another one as its first message")
+    return [first, *messages]
+
+
+def _role(message: Any) -> Any:
+    return message.get("role") if isinstance(message, dict) else None
+
+
+def _listed(values: Values) -> str:
+    """Names of fields, some of them: a row may be a table of thousands."""
+    names = [str(field)[:40] for field in values]
+    return ", ".join(names[:12] + ["…"] * (len(names) > 12)) or "nothing"
+
+
+# ── The table ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_SYS = ("system",)
+FORMATS = (
+    Format("messages", ("messages",), Conversation, _conversation("messages"), _SYS),
+    Format("ShareGPT", ("conversations",), Conversation, _conversation("conversations"), _SYS),
+    Format("prompt-completion", ("prompt", "completion"), Conversation, _turn("prompt", "completion"), _SYS),
+    Format("prompt-response", ("prompt", "response"), Conversation, _turn("prompt", "response"), _SYS),
+    Format(
+        "Alpaca",
+        ("instruction", "output"),
+        Conversation,
+        _turn("instruction", "output", "input"),
+        ("input", "system", "history"),
+    ),
+    Format(
+        "Dolly",
+        ("instruction", "response"),
+        Conversation,
+        _turn("instruction", "response", "context"),
+        ("context", "system"),
+    ),
+    Format("question-answer", ("question", "answer"), Conversation, _turn("question", "answer"), _SYS),
+    Format("question-response", ("question", "response"), Conversation, _turn("question", "response"), _SYS),
+    Format("query-response", ("query", "response"), Conversation, _turn("query", "response"), _SYS),
+    Format("preference pair", ("prompt", "chosen", "rejected"), PreferencePair, _pair("prompt"), _SYS),
+    Format("implicit pair, or Anthropic HH", ("chosen", "rejected"), PreferencePair, _implicit_pair, _SYS),
+    Format("Orca pair", ("question", "chosen", "rejected"), PreferencePair, _pair("question"), _SYS),
+    Format(
+        "Alpaca pair",
+        ("instruction", "chosen", "rejected"),
+        PreferencePair,
+        _pair("instruction", "input"),
+        ("input", "system"),
+    ),
+    Format("ShareGPT pair", ("conversations", "chosen", "rejected"), PreferencePair, _pair("conversations"), _SYS),
+    Format("open question", ("prompt", "key_points"), Question, lambda v: {k: v[k] for k in ("prompt", "key_points")}),
+    Format(
+        "multiple choice",
+        ("question", "choices", "answer"),
+        MultipleChoice,
+        lambda v: {k: v[k] for k in ("question", "choices", "answer")},
+    ),
+)
+FIELDS = frozenset(field for known in FORMATS for field in (*known.fields, *known.optional))
+_BY_FIELDS = [(frozenset(known.fields), known) for known in FORMATS]

@@ -66,6 +66,11 @@ class Row(BaseModel):
         """What it is to answer, or not to."""
         raise NotImplementedError
 
+    @property
+    def texts(self) -> list[str]:
+        """Everything that makes two rows with one prompt differ."""
+        return self.answers
+
 
 class Conversation(Row):
     messages: list[Message] = Field(min_length=2)
@@ -146,6 +151,10 @@ class MultipleChoice(Row):
     def answers(self) -> list[str]:
         return [self.choices[self.answer]]
 
+    @property
+    def texts(self) -> list[str]:
+        return self.choices
+
 
 AnyRow = TypeVar("AnyRow", bound=Row)
 KINDS: dict[str, type[Row]] = {  # by the field that only this kind has
@@ -181,7 +190,7 @@ def validated(values: dict[str, Any], kind: type[AnyRow], file: str, line: int) 
 
 def row_hash(row: Row) -> str:
     """Over the content alone: an id that the row's place gave it does not count."""
-    values = row.model_dump(exclude={"id"} if row.id == row.where else None)
+    values = row.model_dump(mode="json", exclude={"id"} if row.id == row.where else None)
     canonical = json.dumps(values, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
 

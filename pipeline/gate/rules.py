@@ -49,6 +49,9 @@ RULES = (
     Rule("D207", "code-syntax", "warning", "a code block that does not parse in its language", "mend the code"),
     Rule("D208", "code-fence", "warning", "a code block that is never closed", "close it"),
     Rule("D209", "code-fails", "error", "a row marked `run` whose Python fails (with --run)", "mend the code"),
+    Rule(
+        "D210", "edge-whitespace", "warning", "an answer that begins or ends in white space", "strip it", fixable=True
+    ),
     # ── tokens: with a profile
     Rule("D301", "too-long", "error", "a row of more tokens than max_length", "a larger max_length, or shorter rows"),
     Rule("D302", "no-end-of-turn", "error", "a row that, cut at max_length, would never end", "as for too-long"),
@@ -69,27 +72,35 @@ RULES = (
     Rule("D506", "length-bias", "warning", "length alone tells which side is chosen", "pairs of like lengths"),
 )
 BY_NAME = {rule.name: rule for rule in RULES}
+FORM = frozenset(rule.name for rule in RULES if rule.code.startswith("D1")) | {
+    "same-sides",
+    "prompt-mismatch",
+}  # no row without
 
 
 def selected(check: Check, where: str = "training_data.check") -> dict[str, Rule]:
     """The rules in effect, by name, as a profile has them. Raises `UserError` for a rule there is not."""
     ignored = _named(check.ignore, f"{where}.ignore")
     found = {name: rule for name, rule in BY_NAME.items() if name not in ignored}
-    lists: tuple[tuple[Severity, list[str]], ...] = (("error", check.errors), ("warning", check.warnings))
-    for severity, listed in lists:
-        for name in _named(listed, f"{where}.{severity}s") & set(found):
-            found[name] = replace(found[name], severity=severity)
+    for name in _named(check.errors, f"{where}.errors", FORM) & set(found):
+        found[name] = replace(found[name], severity="error")
+    for name in _named(check.warnings, f"{where}.warnings") & set(found):
+        found[name] = replace(found[name], severity="warning")
     return found
 
 
-def _named(words: Iterable[str], where: str) -> set[str]:
+def _named(words: Iterable[str], where: str, allowed: frozenset[str] = frozenset()) -> set[str]:
+    """The rules that words stand for. One of form is named only where `allowed`: without it there is no row to speak of."""
     names: set[str] = set()
     for word in words:
-        found = {rule.name for rule in RULES if word == rule.name or (word[:1] == "D" and rule.code.startswith(word))}
+        by_start = {rule.name for rule in RULES if word[:1] == "D" and rule.code.startswith(word)}
+        found = {word} & set(BY_NAME) or by_start
         if not found:
             near = difflib.get_close_matches(word, [*BY_NAME, *(rule.code for rule in RULES)], 1)
             raise UserError(
                 f"there is no rule `{word}`", where=where, remedy=near[0] if near else "aletheia data check --rules"
             )
-        names |= found
+        if found <= FORM - allowed:
+            raise UserError(f"`{word}` cannot be left out: what breaks it is no row", where=where)
+        names |= found - (FORM - allowed)
     return names

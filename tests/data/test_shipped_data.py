@@ -15,7 +15,6 @@ import yaml
 from pipeline.chat import Chat
 from pipeline.data.read import read_rows
 from pipeline.data.rows import Conversation, MultipleChoice, PreferencePair, Question, Row
-from pipeline.heldout import encode_pair
 from pipeline.model import Base
 from pipeline.workspace import CHECKOUT, Workspace
 
@@ -195,4 +194,4 @@ def test_no_shipped_row_would_be_rejected_in_training(base: Base) -> None:
         assert chat.reserved_in(row.messages) is None and len(chat.conversation(row.messages).ids) <= LONGEST_PROFILE
     for pair in PAIRS:
         assert chat.reserved_in([*pair.prompt, *pair.chosen, *pair.rejected]) is None
-        assert max(len(side.ids) for side in encode_pair(chat, pair)) <= LONGEST_PROFILE
+        assert max(len(side.ids) for side in chat.pair(pair)) <= LONGEST_PROFILE

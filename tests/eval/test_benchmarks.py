@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from eval.benchmarks import find_tasks, run
+from eval.benchmarks import run
 from pipeline.chat import Chat
 from pipeline.data.rows import Message
 from pipeline.errors import StageFailed, UserError
+from pipeline.tasks import find_tasks
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from eval.evaluate import Evaluate
-from pipeline import heldout
 from pipeline.chat import Chat
 from pipeline.data.read import read_rows
 from pipeline.data.rows import Conversation, PreferencePair, Question, Row
@@ -116,7 +115,7 @@ def test_preference_is_the_change_against_the_base_pair_by_pair(
     for pair in held_out(own, "data/dpo", PreferencePair):
         margins = []
         for model in models:
-            chosen, rejected = (-sum(answer_losses(model, side)) for side in heldout.encode_pair(chat, pair))
+            chosen, rejected = (-sum(answer_losses(model, side)) for side in chat.pair(pair))
             margins.append(chosen - rejected)
         changes.append(margins[1] - margins[0])
     results = record.facts.results

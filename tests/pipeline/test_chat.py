@@ -16,7 +16,6 @@ from pipeline.chat import CONTRACT_FILE, Chat, Contract, Encoded
 from pipeline.data.read import read_rows
 from pipeline.data.rows import Conversation, Message, PreferencePair
 from pipeline.errors import UserError
-from pipeline.heldout import encode_pair
 from pipeline.model import Base
 from pipeline.stage import Job
 from pipeline.workspace import CHECKOUT, Workspace
@@ -188,7 +187,7 @@ def test_mask_is_what_data_show_displays(
     assert re.findall("⟦(.*?)⟧", display, re.DOTALL) == [
         f"{side[0].content}\n<|EOT|>" for side in (pair.chosen, pair.rejected)
     ]
-    for encoded in encode_pair(tiny, pair):
+    for encoded in tiny.pair(pair):
         assert shown(tiny, encoded) in display
 
 

@@ -20,7 +20,6 @@ from pipeline.data.rows import PreferencePair
 from pipeline.data.split import split
 from pipeline.dpo import Dpo, _figures
 from pipeline.errors import Interrupted, StageFailed, UserError
-from pipeline.heldout import encode_pair
 from pipeline.model import Base
 from pipeline.records.find import records
 from pipeline.records.lifecycle import Record
@@ -77,7 +76,7 @@ def test_recorded_margins_are_those_of_the_sft_and_the_dpo_adapter(
     for when, stage in (("before", "sft"), ("after", "dpo")):
         model = plain(base, trained.output(stage))
         for pair, row in zip(held_out, told, strict=True):
-            chosen, rejected = (-sum(answer_losses(model, side)) for side in encode_pair(chat, pair))
+            chosen, rejected = (-sum(answer_losses(model, side)) for side in chat.pair(pair))
             assert row[when] == pytest.approx(chosen - rejected, abs=2e-2)  # of sums of hundreds of nats
 
 
@@ -224,7 +223,7 @@ def test_log_probs_of_the_first_step_are_those_of_the_completions(
     model, chat = AutoModelForCausalLM.from_pretrained(base.folder), base.chat()
     sums: list[list[float]] = [[], []]
     for pair in read_rows(small_talk, "data/dpo", PreferencePair):
-        for side, encoded, answer in zip(sums, encode_pair(chat, pair), (pair.chosen, pair.rejected), strict=True):
+        for side, encoded, answer in zip(sums, chat.pair(pair), (pair.chosen, pair.rejected), strict=True):
             trained_ids = [t for t, on in zip(encoded.ids, encoded.mask, strict=True) if on]
             assert chat.tokenizer.decode(trained_ids) == f"{answer[0].content}\n<|EOT|>"
             side.append(-sum(answer_losses(model, encoded)))

@@ -40,7 +40,7 @@ def rows(chat: Chat) -> list[Encoded]:
     """Of very different lengths, the longest neither first nor last, one with two turns."""
     turns = [[Message(role="user", content="What?"), Message(role="assistant", content=text)] for text in ANSWERS]
     conversations = [Conversation(messages=m) for m in (*turns, turns[0] + turns[1])]
-    return heldout.encode_conversations(chat, conversations)
+    return [chat.conversation(row.messages) for row in conversations]
 
 
 def plain_log_probs(model: Any, row: Encoded) -> list[float]:
@@ -108,7 +108,7 @@ def test_measuring_is_in_eval_mode(model: Any, rows: list[Encoded]) -> None:
 
 
 def test_margin_is_log_p_chosen_less_log_p_rejected(model: Any, chat: Chat) -> None:
-    pairs = [heldout.encode_pair(chat, pair) for pair in (_pair("Yes.", "no way"), _pair("b" * 50, "Add an index."))]
+    pairs = [chat.pair(pair) for pair in (_pair("Yes.", "no way"), _pair("b" * 50, "Add an index."))]
     expected = [sum(plain_log_probs(model, c)) - sum(plain_log_probs(model, r)) for c, r in pairs]
     assert heldout.margins(model, pairs, 1, 3, "margin") == pytest.approx(expected, abs=1e-3)
     swapped = heldout.margins(model, [(r, c) for c, r in pairs], 1, 3, "margin")
@@ -118,7 +118,7 @@ def test_margin_is_log_p_chosen_less_log_p_rejected(model: Any, chat: Chat) -> N
 def test_only_the_completions_of_a_pair_count(chat: Chat) -> None:
     pair = _pair("Yes.", "no way")
     prompt = chat.prompt(pair.prompt)
-    for side, text in zip(heldout.encode_pair(chat, pair), ("Yes.", "no way"), strict=True):
+    for side, text in zip(chat.pair(pair), ("Yes.", "no way"), strict=True):
         assert side.ids[: len(prompt)] == prompt and not any(side.mask[: len(prompt)])
         assert all(side.mask[len(prompt) :])
         assert chat.tokenizer.decode(side.ids[len(prompt) :]) == f"{text}\n<|EOT|>"
@@ -127,7 +127,7 @@ def test_only_the_completions_of_a_pair_count(chat: Chat) -> None:
 def test_pair_is_encoded_as_the_conversation_it_would_be(chat: Chat) -> None:
     """What DPO scores is what SFT trains: one way to make tokens."""
     pair = _pair("Yes.", "no way")
-    assert heldout.encode_pair(chat, pair)[0] == chat.conversation([*pair.prompt, *pair.chosen])
+    assert chat.pair(pair)[0] == chat.conversation([*pair.prompt, *pair.chosen])
 
 
 def test_embedded_base_knows_more_than_nothing_and_less_than_all(model: Any, rows: list[Encoded]) -> None:

@@ -12,7 +12,6 @@ from pipeline.chat import Encoded
 from pipeline.data.read import read_rows
 from pipeline.data.rows import PreferencePair
 from pipeline.dpo import _dataset
-from pipeline.heldout import encode_pair
 from pipeline.model import Base
 from pipeline.private import PreparedDpoTrainer, reference_log_probs
 
@@ -22,7 +21,7 @@ Pairs = list[tuple[Encoded, Encoded]]
 @pytest.fixture(scope="module")
 def pairs(trained: Any, base: Base) -> Pairs:
     rows = read_rows(trained.workspace, "data/dpo", PreferencePair)[:3]
-    return [encode_pair(base.chat(), row) for row in rows]
+    return [base.chat().pair(row) for row in rows]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Rows at the door: what is read, what is refused with file and line, how they are split, hashed and shuffled."""
+"""Rows at the door: what is read, what is refused with file and line, and what a hash counts."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Validation
 from pipeline.data.read import read_rows
 from pipeline.data.rows import Conversation, MultipleChoice, PreferencePair, Question, Row, describe, row_hash
-from pipeline.data.split import shuffle_answers, split
 from pipeline.errors import UserError
 from pipeline.workspace import Workspace
 
@@ -159,13 +157,13 @@ def test_folder_is_read_whole_in_the_order_of_names(home: Workspace) -> None:
     [
         ("nowhere", "nowhere: there is no such file or folder"),
         ("empty.jsonl", "empty.jsonl: holds no rows"),
-        ("folder", r"folder: holds no .jsonl file \(found: .csv\)"),
+        ("folder", r"folder: holds no .jsonl file or other rows \(found: .txt\); try .jsonl, "),
     ],
 )
 def test_nothing_to_read_says_what_is_there(home: Workspace, name: str, said: str) -> None:
     home.path("empty.jsonl").write_text("\n")
     home.path("folder").mkdir()
-    home.path("folder/rows.csv").write_text("a,b")
+    home.path("folder/rows.txt").write_text("a,b")
     with pytest.raises(UserError, match=f"^{said}"):
         read_rows(home, name, Conversation)
 
@@ -185,76 +183,3 @@ def test_hash_counts_every_field_of_a_row() -> None:
     (row,) = conversations(1)
     hashes = {row_hash(row.model_copy(update=u)) for u in ({}, {"id": "y"}, {"domain": "y"}, {"difficulty": "y"})}
     assert len(hashes) == 4
-
-
-@pytest.mark.parametrize("strategy", ["stratified", "random"])
-@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.34, 0.9])
-def test_split_is_a_partition_in_the_order_of_the_rows(strategy: Any, fraction: float) -> None:
-    rows = conversations(25, domains=3)
-    train, held_out = split(rows, Validation(fraction=fraction, strategy=strategy, seed=1))
-    assert sorted([*train, *held_out], key=rows.index) == rows
-    assert train == [r for r in rows if r not in held_out]
-    assert abs(len(held_out) - 25 * fraction) < 3 * 0.5 + 1e-9
-
-
-def test_stratified_split_holds_out_the_share_of_each_domain() -> None:
-    _, held_out = split(conversations(60, domains=3), Validation(fraction=0.1, seed=1))
-    assert describe(held_out)["domains"] == {"d0": 2, "d1": 2, "d2": 2}
-
-
-def test_split_follows_the_seed_and_not_the_order() -> None:
-    rows = conversations(40)
-
-    def held_out(rows: list[Conversation], seed: int) -> set[str]:
-        return {r.id for r in split(rows, Validation(fraction=0.25, seed=seed))[1]}
-
-    assert held_out(rows, 1) == held_out(rows[::-1], 1) != held_out(rows, 2)
-
-
-def test_adding_a_row_moves_at_most_one_other() -> None:
-    rows, validation = conversations(60), Validation(fraction=0.1, seed=1)
-    for n in range(1, 60):
-        before, after = ({r.id for r in split(rows[:size], validation)[1]} for size in (n, n + 1))
-        assert len((before ^ after) - {rows[n].id}) <= 1
-
-
-def test_split_of_rows_without_ids_does_not_depend_on_their_line(home: Workspace) -> None:
-    lines = [json.dumps({"messages": r.model_dump()["messages"]}) for r in conversations(40)]
-
-    def held_out(*lines: str) -> set[str]:
-        return {r.messages[1].content for r in split(read(home, *lines), Validation(fraction=0.25, seed=1))[1]}
-
-    assert held_out(*lines) == held_out("", *reversed(lines))
-
-
-# ── The control ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(("rows", "turns"), [(2, 1), (7, 1), (2, 3), (9, 2)])
-def test_control_puts_every_answer_under_another_rows_question(rows: int, turns: int) -> None:
-    before = conversations(rows, turns=turns)
-    for seed in range(5):
-        after = shuffle_answers(before, seed)
-        for was, now in zip(before, after, strict=True):
-            assert [m.role for m in now.messages] == [m.role for m in was.messages]
-            assert not {m.content for m in now.messages[1::2]} & {m.content for m in was.messages[1::2]}
-            assert now.messages[::2] == was.messages[::2] and (now.id, now.where) == (was.id, was.where)
-        texts = [sorted(m.content for r in side for m in r.messages) for side in (before, after)]
-        assert texts[0] == texts[1]
-    assert before == conversations(rows, turns=turns), "the rows themselves stay as they are"
-
-
-def test_control_mixes_conversations_of_different_length_too() -> None:
-    rows = [*conversations(3, turns=2), *(r.model_copy(update={"id": f"x{r.id}"}) for r in conversations(9)[3:])]
-    for was, now in zip(rows, shuffle_answers(rows, 42), strict=True):
-        assert not {m.content for m in now.messages[1::2]} & {m.content for m in was.messages[1::2]}
-
-
-def test_control_is_the_same_for_the_same_seed() -> None:
-    rows = conversations(9)
-    assert shuffle_answers(rows, 1) == shuffle_answers(rows, 1) != shuffle_answers(rows, 2)
-
-
-def test_control_of_too_few_rows_is_refused() -> None:
-    with pytest.raises(UserError, match="too few rows to shuffle"):
-        shuffle_answers(conversations(1), 1)

@@ -1,0 +1,1 @@
+"""`aletheia data …`: a module a command."""

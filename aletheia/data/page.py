@@ -1,0 +1,131 @@
+"""`aletheia data show --html`: rows token by token, and totals, as one self-contained page.
+
+Rows are what others wrote: everything of them is escaped, characters that a browser would obey or hide are shown by their
+code points, and a content security policy lets only the page's own two scripts run, named by their hashes, and nothing
+be loaded. Looks like the report (`aletheia/report`), whose style sheet it begins with.
+"""
+
+import base64
+import hashlib
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from aletheia.data import show
+from aletheia.report.page import HERE as REPORT
+from pipeline.data.rows import NAMES
+from pipeline.gate.tokens import Totals
+
+HERE = Path(__file__).parent
+BINS = 30
+WIDTH, HEIGHT = 240, 28  # of a histogram, in its own units
+
+
+def page(reader: show.Reader, shown: Sequence[show.Example]) -> str:
+    """The whole page; `reader` has read all rows."""
+    scripts = [(REPORT / "theme.js").read_text("utf-8"), (HERE / "page.js").read_text("utf-8")]
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "hidden": lambda text: _characters(str(text)),
+        "comma": "{:,}".format,
+        "percent": lambda share: f"{share:.1%}",
+        "tokens": lambda side: tokens(reader, side),
+    }
+    return environment.get_template("page.html.j2").render(
+        mark=Markup(show.MARK),
+        policy=_policy(scripts),
+        css=Markup((REPORT / "page.css").read_text("utf-8") + (HERE / "page.css").read_text("utf-8")),
+        scripts=list(map(Markup, scripts)),
+        reader=reader,
+        heading=show.heading(reader),
+        examples=shown,
+        domains=sorted({example.row.domain for example in shown}),
+        summary=reader.summary(len(shown)),
+        totals=[(NAMES[kind], Spread.of(totals)) for kind, totals in reader.totals.items() if totals.sequences],
+        box=(WIDTH, HEIGHT),
+    )
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What rows of one kind come to, and how long they are by domain, drawn on one scale from 0 to the longest."""
+
+    figures: dict[str, Any]
+    domains: list[tuple[str, dict[str, int], list[Any]]]
+    left_out: int  # domains
+    limit: float | None  # where max_length is drawn; nothing when all rows are shorter
+
+    @classmethod
+    def of(cls, totals: Totals) -> "Spread":
+        figures = totals.as_json()
+        longest = max(max(found) for found in totals.lengths.values())
+        domains = [(name, figure, bars(totals.lengths[name], longest)) for name, figure in show.lengths(totals)]
+        limit = totals.max_length / longest * WIDTH if totals.max_length < longest else None
+        return cls(figures, domains, len(totals.lengths) - len(domains), limit)
+
+
+def bars(lengths: Sequence[int], longest: int) -> list[tuple[float, float, float]]:
+    """Left, width and height of each bar that is not empty, in the units of the picture."""
+    counts = [0] * BINS
+    for length in lengths:
+        counts[min(length * BINS // longest, BINS - 1)] += 1
+    width = WIDTH / BINS
+    return [
+        (round(place * width, 2), round(width - 1, 2), round(max(1.5, count / max(counts) * HEIGHT), 2))
+        for place, count in enumerate(counts)
+        if count
+    ]
+
+
+def tokens(reader: show.Reader, side: show.Side) -> Markup:
+    """Every token as an element that tells its position and id, in an element for each run of one state."""
+    found = show.pieces(reader.chat, side, side.max_length + show.PAST_SHOWN)
+    return Markup("").join(
+        Markup('<span class="{}">{}</span>').format(run[0].state, Markup("").join(map(_token, run)))
+        for run in show.runs(found)
+    )
+
+
+def _token(piece: show.Piece) -> Markup:
+    last = piece.start + len(piece.ids) - 1
+    place = f"{piece.start}" if last == piece.start else f"{piece.start}–{last}"
+    title = f"{place} · id {' '.join(map(str, piece.ids))}"
+    if piece.ends:
+        return Markup('<i class="end" title="{} · end of turn">{}</i>').format(title, _characters(piece.text))
+    return Markup('<i title="{}">{}</i>').format(title, _characters(piece.text, breaks=True))
+
+
+def _characters(text: str, breaks: bool = False) -> Markup:
+    """Escaped. Hidden characters stand as their code points; with `breaks` an empty <s> marks each line's end."""
+    if text.isprintable():
+        return escape(text)
+    parts = []
+    for hidden, group in groupby(text, show.is_hidden):
+        if hidden:
+            parts += [Markup('<b title="{}">{}</b>').format(_name(c), show.code_point(c)) for c in group]
+        else:
+            plain = escape("".join(group))
+            parts.append(plain.replace("\n", Markup("<s></s>\n")) if breaks else plain)
+    return Markup("").join(parts)
+
+
+def _name(character: str) -> str:
+    return unicodedata.name(character, "control character").capitalize()
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """No script but these, nothing loaded from anywhere."""
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )

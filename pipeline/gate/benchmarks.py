@@ -1,0 +1,54 @@
+"""The prompts and answers of lm-eval-harness tasks, so that none of them stands in a training row.
+
+Tasks made of `<eval>/choices` and `<eval>/questions` are left to the gate, which reads these as rows. Of the others, those whose
+data comes from a hub may not be on this machine: that is said, and they are not checked.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.gate.leaks import Leaks
+from pipeline.progress import say
+from pipeline.tasks import data_files, find_tasks, task_name
+
+
+def forbid_tasks(leaks: Leaks, folder: Path, names: Sequence[str]) -> int:
+    """How many texts are now forbidden. `folder` holds tasks/, questions/ and choices/.
+
+    Raises `UserError` where an own task is not right.
+    """
+    rows = tuple(str(folder / part) for part in ("questions", "choices"))
+    forbidden = 0
+    for task in find_tasks(folder, names):
+        if isinstance(task, dict) and all(path.startswith(rows) for path in data_files(task)):
+            continue
+        try:
+            for text, where in texts(_loaded(task)):
+                leaks.forbid(text, where)
+                forbidden += 1
+        except Exception as error:  # lm-eval and datasets raise all sorts where a hub cannot be reached
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            say(f"note: leaks into {task_name(task)} are not checked: {reason}")
+    return forbidden
+
+
+def texts(tasks: Iterable[Any]) -> Iterator[tuple[str, str]]:
+    """Prompt and right answer of each document, with where it stands."""
+    for task in tasks:
+        for number, document in enumerate(task.eval_docs):
+            where = f"{task.config.task} item {number}"
+            target = task.doc_to_target(document)
+            choices = task.doc_to_choice(document) if task.config.doc_to_choice is not None else None
+            yield str(task.doc_to_text(document)), where
+            yield str(choices[target] if choices and isinstance(target, int) else target), where
+
+
+def _loaded(task: dict[str, Any] | str) -> list[Any]:
+    """Indexing the standard tasks takes some 15 s."""
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    say(f"reads the benchmark {task_name(task)}, so that it does not leak into training")
+    return list(TaskManager(include_defaults=isinstance(task, str)).load([task])["tasks"].values())

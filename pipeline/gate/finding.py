@@ -1,0 +1,62 @@
+"""What the gate found: a rule, a place and a reason; and where rows stand, kept small for a million of them."""
+
+from array import array
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.gate.rules import Rule
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    rule: Rule
+    file: str
+    line: int  # 0: the set as a whole
+    reason: str
+    id: str = ""
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else self.file
+
+    @property
+    def text(self) -> str:
+        """`D205 secret: an AWS access key in line 3`."""
+        return f"{self.rule.code} {self.rule.name}: {self.reason}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "file": self.file,
+            "line": self.line or None,
+            "rule": self.rule.code,
+            "name": self.rule.name,
+            "severity": self.rule.severity,
+            "reason": self.reason,
+            "id": self.id or None,
+        }
+
+
+class Places:
+    """File and line of each row by its number: 12 bytes a row."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._files, self._lines = array("I"), array("Q")
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def add(self, file: str, line: int) -> None:
+        if not self._names or self._names[-1] != file:  # files come one after another
+            self._names.append(file)
+        self._files.append(len(self._names) - 1)
+        self._lines.append(line)
+
+    def file(self, number: int) -> str:
+        return self._names[self._files[number]]
+
+    def line(self, number: int) -> int:
+        return self._lines[number]
+
+    def where(self, number: int) -> str:
+        return f"{self.file(number)}:{self.line(number)}"

@@ -1,0 +1,175 @@
+"""Splits and the control: who is held out, by which strategy, whatever the rows' order."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import Validation
+from pipeline.data.read import read_rows
+from pipeline.data.rows import Conversation, describe
+from pipeline.data.split import shuffle_answers, split
+from pipeline.errors import UserError
+from pipeline.workspace import Workspace
+
+USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path)
+
+
+def read(home: Workspace, *lines: str | bytes, kind: type[Any] = Conversation) -> list[Any]:
+    home.path("rows.jsonl").write_bytes(b"\n".join(v.encode() if isinstance(v, str) else v for v in lines))
+    return read_rows(home, "rows.jsonl", kind)
+
+
+def conversations(count: int, domains: int = 1, turns: int = 1) -> list[Conversation]:
+    return [
+        Conversation(
+            id=f"c{n}",
+            domain=f"d{n % domains}",
+            messages=[m for t in range(turns) for m in ({**USER}, {**ASSISTANT, "content": f"answer {n}.{t}"})],  # type: ignore[misc]
+        )
+        for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize("strategy", ["stratified", "random"])
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.34, 0.9])
+def test_split_is_a_partition_in_the_order_of_the_rows(strategy: Any, fraction: float) -> None:
+    rows = conversations(25, domains=3)
+    train, held_out = split(rows, Validation(fraction=fraction, strategy=strategy, seed=1))
+    assert sorted([*train, *held_out], key=rows.index) == rows
+    assert train == [r for r in rows if r not in held_out]
+    assert abs(len(held_out) - 25 * fraction) < 3 * 0.5 + 1e-9
+
+
+def test_stratified_split_holds_out_the_share_of_each_domain() -> None:
+    _, held_out = split(conversations(60, domains=3), Validation(fraction=0.1, seed=1))
+    assert describe(held_out)["domains"] == {"d0": 2, "d1": 2, "d2": 2}
+
+
+def test_split_follows_the_seed_and_not_the_order() -> None:
+    rows = conversations(40)
+
+    def held_out(rows: list[Conversation], seed: int) -> set[str]:
+        return {r.id for r in split(rows, Validation(fraction=0.25, seed=seed))[1]}
+
+    assert held_out(rows, 1) == held_out(rows[::-1], 1) != held_out(rows, 2)
+
+
+def test_adding_a_row_moves_at_most_one_other() -> None:
+    rows, validation = conversations(60), Validation(fraction=0.1, seed=1)
+    for n in range(1, 60):
+        before, after = ({r.id for r in split(rows[:size], validation)[1]} for size in (n, n + 1))
+        assert len((before ^ after) - {rows[n].id}) <= 1
+
+
+def test_split_of_rows_without_ids_does_not_depend_on_their_line(home: Workspace) -> None:
+    lines = [json.dumps({"messages": r.model_dump()["messages"]}) for r in conversations(40)]
+
+    def held_out(*lines: str) -> set[str]:
+        return {r.messages[1].content for r in split(read(home, *lines), Validation(fraction=0.25, seed=1))[1]}
+
+    assert held_out(*lines) == held_out("", *reversed(lines))
+
+
+# ── Groups and time ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def grouped(families: int, size: int, **fields: Any) -> list[Conversation]:
+    rows = conversations(families * size)
+    for n, row in enumerate(rows):
+        row.__pydantic_extra__ = {"group": f"family {n % families}"} | {k: v(n) for k, v in fields.items()}
+    return rows
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_of_one_family_stay_together(fraction: float, seed: int) -> None:
+    rows = grouped(families=12, size=5)
+    train, held_out = split(rows, Validation(fraction=fraction, strategy="group", seed=seed))
+    assert held_out and not {r.group for r in train} & {r.group for r in held_out}  # type: ignore[attr-defined]
+    assert abs(len(held_out) - 60 * fraction) <= 5
+
+
+def test_without_a_family_named_prompts_that_differ_in_numbers_and_code_alone_stay_together() -> None:
+    asked = [f"Why is the query `SELECT {n}` slow on {n} rows?" for n in range(8)] + [
+        f"What is a {w}?" for w in "abcdefgh"
+    ]
+    rows = [Conversation(messages=[{**USER, "content": a}, ASSISTANT], id=a) for a in asked]  # type: ignore[list-item]
+    for seed in range(6):
+        _, held_out = split(rows, Validation(fraction=0.5, strategy="group", seed=seed))
+        assert len([r for r in held_out if r.id.startswith("Why")]) in (0, 8)
+
+
+def test_a_large_family_does_not_take_the_whole_set() -> None:
+    rows = grouped(families=1, size=20) + conversations(3)
+    rows[-1].messages[0].content, rows[-2].messages[0].content = "another", "a third"
+    for seed in range(6):
+        train, held_out = split(rows, Validation(fraction=0.1, strategy="group", seed=seed))
+        assert len(train) >= 20 and len(held_out) <= 3
+
+
+@pytest.mark.parametrize(
+    "made", [lambda n: f"2026-01-{n + 1:02d}", lambda n: n * 1000, lambda n: f"2026-01-01T{n:02d}:00:00+02:00"]
+)
+def test_temporal_split_holds_out_the_latest(made: Any) -> None:
+    rows = grouped(families=2, size=10, date=made)
+    train, held_out = split(rows[::-1], Validation(fraction=0.25, strategy="temporal"))
+    assert {r.id for r in held_out} == {r.id for r in rows[-5:]} and len(train) == 15
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [("soon", "date: 'soon' is no date"), (None, "has no `date`"), (True, "no date")]
+)
+def test_row_without_a_date_is_named(value: Any, said: str) -> None:
+    rows = grouped(families=2, size=2, date=lambda n: value if n == 2 else "2026-01-01")
+    with pytest.raises(UserError, match=said):
+        split(rows, Validation(fraction=0.5, strategy="temporal"))
+
+
+@pytest.mark.parametrize("strategy", ["group", "temporal"])
+def test_split_by_family_or_time_does_not_depend_on_the_order(strategy: Any) -> None:
+    rows = grouped(families=5, size=4, date=lambda n: "2026-01-01")
+
+    def held_out(rows: list[Conversation]) -> set[str]:
+        return {r.id for r in split(rows, Validation(fraction=0.4, strategy=strategy, seed=3))[1]}
+
+    assert held_out(rows) == held_out(rows[::-1])
+
+
+# ── The control ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("rows", "turns"), [(2, 1), (7, 1), (2, 3), (9, 2)])
+def test_control_puts_every_answer_under_another_rows_question(rows: int, turns: int) -> None:
+    before = conversations(rows, turns=turns)
+    for seed in range(5):
+        after = shuffle_answers(before, seed)
+        for was, now in zip(before, after, strict=True):
+            assert [m.role for m in now.messages] == [m.role for m in was.messages]
+            assert not {m.content for m in now.messages[1::2]} & {m.content for m in was.messages[1::2]}
+            assert now.messages[::2] == was.messages[::2] and (now.id, now.where) == (was.id, was.where)
+        texts = [sorted(m.content for r in side for m in r.messages) for side in (before, after)]
+        assert texts[0] == texts[1]
+    assert before == conversations(rows, turns=turns), "the rows themselves stay as they are"
+
+
+def test_control_mixes_conversations_of_different_length_too() -> None:
+    rows = [*conversations(3, turns=2), *(r.model_copy(update={"id": f"x{r.id}"}) for r in conversations(9)[3:])]
+    for was, now in zip(rows, shuffle_answers(rows, 42), strict=True):
+        assert not {m.content for m in now.messages[1::2]} & {m.content for m in was.messages[1::2]}
+
+
+def test_control_is_the_same_for_the_same_seed() -> None:
+    rows = conversations(9)
+    assert shuffle_answers(rows, 1) == shuffle_answers(rows, 1) != shuffle_answers(rows, 2)
+
+
+def test_control_of_too_few_rows_is_refused() -> None:
+    with pytest.raises(UserError, match="too few rows to shuffle"):
+        shuffle_answers(conversations(1), 1)
