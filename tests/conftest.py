@@ -23,7 +23,7 @@ from pipeline.workspace import CHECKOUT, Workspace
 # Before torch is imported: two test processes on two cores, where more threads would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-SFT_ROWS_A_DOMAIN, PAIRS_A_DOMAIN = 3, 3
+SFT_ROWS_A_DOMAIN, PAIRS_A_DOMAIN, EVALUATION_ROWS_A_DOMAIN = 3, 3, 6
 SMALL = """\
 name: small
 base_model: tiny
@@ -45,7 +45,12 @@ def make_workspace(root: Path) -> Workspace:
         for path in sorted((CHECKOUT / "data" / kind).glob("*.jsonl")):
             lines = sorted(path.read_text("utf-8").splitlines(), key=len)[:rows]  # the shortest: fast
             (root / "data" / kind / path.name).write_text("\n".join(lines) + "\n", "utf-8")
-    shutil.copytree(CHECKOUT / "data" / "eval", root / "data" / "eval")
+    shutil.copytree(CHECKOUT / "data" / "eval" / "tasks", root / "data" / "eval" / "tasks")
+    for kind in ("questions", "choices"):
+        (root / "data" / "eval" / kind).mkdir()
+        for path in sorted((CHECKOUT / "data" / "eval" / kind).glob("*.jsonl")):
+            lines = path.read_text("utf-8").splitlines()[:EVALUATION_ROWS_A_DOMAIN]
+            (root / "data" / "eval" / kind / path.name).write_text("\n".join(lines) + "\n", "utf-8")
     return Workspace(root)
 
 

@@ -40,7 +40,7 @@ DOMAINS_SHOWN = 50
 LONGEST_CHARACTER = 8  # tokens; UTF-8 needs 4 bytes at most
 MARK = "<!-- Written by `aletheia data show`: the next one replaces it. -->"
 State = Literal["trained", "masked", "past"]
-END = "⏹"
+END = "■"
 PLAIN: dict[State, tuple[str, str]] = {"trained": ("⟦", "⟧"), "masked": ("", ""), "past": ("⟪", "⟫")}
 ANSI: dict[State, str] = {"trained": "32", "masked": "2", "past": "9;31"}  # green, dim, struck out in red
 ANSI_END = "7"  # reversed
@@ -79,7 +79,7 @@ class Side:
         return max(0, self.past - PAST_SHOWN)
 
     def text(self) -> str:
-        past = f", {self.past:,} past max_length {self.max_length:,}" if self.past else ""
+        past = f", {self.past} past max_length {self.max_length}" if self.past else ""
         return f"{len(self.encoded.ids)} tokens, {self.trained} trained{past}"
 
 
@@ -103,7 +103,7 @@ class Reader:
     rejected: Counter[str] = field(default_factory=Counter)  # rows, by the first rule that rejects them
     broken: list[tuple[str, str]] = field(default_factory=list)  # place and reason, the first of them
     broken_rows: int = 0
-    evaluation: list[str] = field(default_factory=list)  # places of rows that are not for training
+    evaluation: int = 0  # rows that are not for training
 
     def __post_init__(self) -> None:
         config = self.job.config
@@ -122,7 +122,8 @@ class Reader:
 
     def examples(self, wanted: str | None) -> Iterator[Example]:
         """All rows that are for training; or the one of that id or place. Raises `UserError` where there is none."""
-        ids = []
+        ids: list[str] = []
+        first_evaluation: Row | None = None
         for source, raw in self._raws():
             try:
                 row = _row(source, raw)
@@ -133,9 +134,10 @@ class Reader:
                 self._break(where, fault.what, silent=wanted is not None)
                 continue
             if not isinstance(row, Conversation | PreferencePair):
-                self.evaluation.append(row.where)
+                self.evaluation += 1
+                first_evaluation = first_evaluation or row
                 if wanted in (row.id, row.where):
-                    break
+                    raise _of_evaluation(row)
             elif wanted is None or wanted in (row.id, row.where):
                 if example := self._example(row, wanted is not None):
                     yield example
@@ -143,8 +145,10 @@ class Reader:
                     return
             else:
                 ids.append(row.id)
+        if wanted is not None and ids:
+            raise self._no_such(wanted, ids)
         if not self.rows:
-            raise self._nothing(wanted, ids)
+            raise _of_evaluation(first_evaluation) if first_evaluation else self._nothing()
 
     def summary(self, shown: int) -> list[str]:
         """What one should know of the rows that are not shown."""
@@ -153,11 +157,12 @@ class Reader:
             lines.append(f"{shown:,} of {self.rows:,} rows shown")
         if self.rejected:
             rules = ", ".join(f"{name} {count:,}" for name, count in self.rejected.most_common())
-            lines.append(f"training rejects {self.rejected.total():,} of {self.rows:,} rows: {rules}")
+            uncounted = "; special-token is not in the totals" if self.rejected["special-token"] else ""
+            lines.append(f"training rejects {self.rejected.total():,} of {self.rows:,} rows: {rules}{uncounted}")
         if self.broken_rows:
             lines.append(f"broken, and not counted: {self.broken_rows:,} rows, the first at {self.broken[0][0]}")
         if self.evaluation:
-            lines.append(f"for evaluation, and not trained on: {len(self.evaluation):,} rows")
+            lines.append(f"for evaluation, and not trained on: {self.evaluation:,} rows")
         return lines
 
     def _raws(self) -> Iterator[tuple[Source, Raw]]:
@@ -198,18 +203,19 @@ class Reader:
         if not silent:
             say(printable(f"{where}: {what}"))
 
-    def _nothing(self, wanted: str | None, ids: Sequence[str]) -> UserError:
-        if wanted is not None and ids:
-            near = difflib.get_close_matches(wanted, ids, n=1)
-            return UserError(f"there is no row `{wanted}`", where=self.path, remedy=f"--row {(near or ids)[0]}")
-        if self.evaluation:
-            what = "these rows are not trained on: they are for evaluation"
-            return UserError(what, where=self.evaluation[-1 if wanted else 0])
-        if self.broken:
-            where, what = self.broken[0]
-            count = f"; so are {self.broken_rows - 1:,} more rows, and none is left" if self.broken_rows > 1 else ""
-            return UserError(f"{what}{count}", where=where, remedy=f"aletheia data check {self.path}" if count else "")
-        return UserError("holds no rows", where=self.path)
+    def _no_such(self, wanted: str, ids: Sequence[str]) -> UserError:
+        near = difflib.get_close_matches(wanted, ids, n=1)
+        broken = f" among those that can be read ({self.broken_rows:,} cannot)" if self.broken_rows else ""
+        return UserError(f"there is no row `{wanted}`{broken}", where=self.path, remedy=f"--row {(near or ids)[0]}")
+
+    def _nothing(self) -> UserError:
+        if not self.broken:
+            return UserError("holds no rows", where=self.path)
+        where, what = self.broken[0]
+        if self.broken_rows == 1:
+            return UserError(what, where=where)
+        more = f"{what}; {self.broken_rows - 1:,} more rows are broken too, and none is left"
+        return UserError(more, where=where, remedy=f"aletheia data check {self.path}")
 
 
 def show(
@@ -318,7 +324,7 @@ def _print(reader: Reader, example: Example) -> None:
     for side in example.sides:
         print(f"# {printable(example.row.where)}  {printable(example.row.id)}  {side.name}: {side.text()}")
         for reason in example.rejected:
-            print(f"# training rejects this row and never cuts it: {printable(reason)}")
+            print(f"# training rejects this row: {printable(reason)}")
         found = runs(pieces(reader.chat, side, side.max_length + PAST_SHOWN))
         print("".join(_painted(run) if coloured else _marked(run) for run in found))
         if side.unshown:
@@ -328,7 +334,7 @@ def _print(reader: Reader, example: Example) -> None:
 def _marked(run: list[Piece]) -> str:
     """For a log: a text's own brackets are shown by their code points."""
     opened, closed = PLAIN[run[0].state]
-    text = _visible("".join(piece.text for piece in run), "⟦⟧⟪⟫⏹")
+    text = _visible("".join(piece.text for piece in run), f"⟦⟧⟪⟫{END}")
     return f"{opened}{text}{closed}{END if run[-1].ends else ''}"
 
 
@@ -396,7 +402,7 @@ def _json(reader: Reader, shown: list[Example]) -> dict[str, Any]:
         "rows_rejected": dict(reader.rejected),
         "rows_broken": reader.broken_rows,
         "broken": [{"where": where, "reason": what} for where, what in reader.broken],
-        "rows_of_evaluation": len(reader.evaluation),
+        "rows_of_evaluation": reader.evaluation,
         "totals": {NAMES[kind]: totals.as_json() for kind, totals in reader.totals.items() if totals.sequences},
     }
 
@@ -414,7 +420,7 @@ def _json_side(chat: Chat, side: Side) -> dict[str, Any]:
     }
 
 
-# ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Reading and writing ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _row(source: Source, raw: Raw) -> Row:
@@ -422,6 +428,10 @@ def _row(source: Source, raw: Raw) -> Row:
         raise raw.fault or AssertionError("a row without values has a fault")
     kind, values = converted(raw.values)
     return validated(values, kind, source.shown, raw.line)
+
+
+def _of_evaluation(row: Row) -> UserError:
+    return UserError("these rows are not trained on: they are for evaluation", where=row.where)
 
 
 def _decoded(chat: Chat, ids: list[int]) -> str:

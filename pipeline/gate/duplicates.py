@@ -121,9 +121,8 @@ class Signer:
         if not len(words):
             return None
         shingles = runs(words, min(SHINGLE, len(words)))
-        if (
-            len(shingles) == 1
-        ):  # both halves: among a million texts of one shingle some have 32 bits in common by chance
+        # Of a million texts of one shingle each, some have 32 bits in common by chance: both halves count.
+        if len(shingles) == 1:
             shingles = np.append(shingles, shingles << np.uint64(32))
         shingles = shingles >> np.uint64(32)
         self._sketch.clear()

@@ -136,11 +136,11 @@ class Gate:
         if not self.tokenized and (match := _MARKUP.search(whole) if "<" in whole or "[" in whole else None):
             yield "special-token", f"its text holds {match.group()}, a special token of common models"
         if "odd-characters" in rules and (odd := text.odd(whole)):
-            yield "odd-characters", odd
+            yield "odd-characters", f"{odd} of its text"
         if "secret" in rules:
-            yield from (("secret", what) for what in confidential.secrets(whole))
+            yield from (("secret", f"{what} of its text") for what in confidential.secrets(whole))
         if "personal-data" in rules:
-            yield from (("personal-data", what) for what in confidential.personal(whole))
+            yield from (("personal-data", f"{what} of its text") for what in confidential.personal(whole))
         if trained:
             yield from self._of_answers(row)
         if ("`" in whole or "~~~" in whole) and not rules.keys().isdisjoint(_OF_CODE):
@@ -159,9 +159,9 @@ class Gate:
                 yield "edge-whitespace", "an answer begins or ends in white space, which is trained too"
             if isinstance(row, PreferencePair):
                 if index == 0 and (why := text.refusal(answer)):
-                    yield "refusal-chosen", f"chosen begins with “{why}”"
+                    yield "refusal-chosen", f"chosen {why}"
             elif why := text.refusal(answer):
-                yield "refusal", f"an answer begins with “{why}”"
+                yield "refusal", f"an answer {why}"
 
     def _of_code(self, row: Row, whole: str) -> Iterator[tuple[str, str]]:
         python = []

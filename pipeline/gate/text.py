@@ -34,7 +34,7 @@ _ODD = re.compile(
 )
 _ASCII_CONTROL = re.compile(f"[{_CONTROLS}]")
 _SUSPECT = re.compile(f"[ÂÃÄÅÎÏÐÑâã-éðï{_CHARACTERS}]")
-_JOINING = r"[\u0600-\u08ff\u0900-\u109f\u1780-\u18af\u1a00-\u1c7f\ua800-\uabff\ufb50-\ufefc]"  # Arabic, Indic and their neighbours
+_JOINING = r"[\u0600-\u08ff\u0900-\u109f\u1780-\u18af\u1a00-\u1c7f\ua800-\uabff\ufb50-\ufefc]"  # Arabic to Thai, Khmer
 _PICTURE = r"[©®\u203c-\u3299\U0001f000-\U0001faff]"
 # In place: a joiner between pictures, a joiner or break in a script that writes with them, a flag's spelling
 _IN_PLACE = re.compile(

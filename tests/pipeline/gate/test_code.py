@@ -123,8 +123,8 @@ def test_what_parses_or_has_no_checker_is_let_be(
         ("ALTER TABLE t ADD INDEX i (a), ALGORITHM=INPLACE", "from MySQL to PostgreSQL", True),
         ("ALTER TABLE t ADD INDEX i (a), ALGORITHM=INPLACE", "in some database", True),
         ("SELECT a @> '{1}' FROM t", "PostgreSQL", True),
-        ("SELECT TOP (5) a FROM t OPTION (RECOMPILE)", "SQL Server", True),
-        ("SELECT TOP (5) a FROM t OPTION (RECOMPILE)", "with psql", False),
+        ("SELECT * FROM t FINAL PREWHERE a = 1", "ClickHouse", True),
+        ("SELECT * FROM t FINAL PREWHERE a = 1", "with psql", False),
     ],
 )
 def test_the_row_tells_which_sql_is_meant(text: str, about: str, fine: bool) -> None:
