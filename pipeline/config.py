@@ -117,6 +117,7 @@ class ServeConfig(Section):
 class EvalConfig(Section):
     tasks: list[str] = Field(["aletheia_choices"], description="lm-eval-harness tasks; own ones in <eval>/tasks")
     limit: Positive | None = Field(None, description="items of each task; null: all")
+    questions: Positive | None = Field(None, description="open questions answered for the win-rate; null: all")
     max_tokens: Positive = Field(512, description="tokens generated for a win-rate answer")
     temperature: Annotated[float, Field(ge=0, le=2)] = Field(0.0, description="of the win-rate answers; 0 is greedy")
     seed: int = Field(42, description="of the win-rate answers, where they are drawn")

@@ -55,8 +55,8 @@ def check(
         from pipeline.gate.fix import fix as mend
 
         mend(workspace, found, rules)
-    found.sort(key=lambda source: _kind(source) not in EVALUATION)  # what must not leak is read first
     leaks = Leaks(config.check.leak_words, config.check.near_duplicate)
+    forbid(leaks, [source for source in found if _kind(source) in EVALUATION])
     read = {source.shown for source in found}
     for name in [*against, *([config.eval] if job and workspace.path(config.eval).exists() else [])]:
         forbid(leaks, [source for source in sources(workspace, name) if source.shown not in read])
@@ -66,13 +66,7 @@ def check(
     with ExitStack() as stack:
         out = stack.enter_context(rejects.open("w", encoding="utf-8")) if rejects else None
         printer = Printer(sys.stderr if as_json else sys.stdout, every, as_json, out)
-
-        def on_row(row: Row) -> None:
-            if isinstance(row, EVALUATION):
-                for text in (*row.asked, *row.answers):
-                    leaks.forbid(text, row.where)
-
-        run(gate, found, printer, on_row)
+        run(gate, found, printer)
     if not gate.total.rows:
         raise UserError("holds no rows", where=names[0])
     if as_json:

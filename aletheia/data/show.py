@@ -349,7 +349,7 @@ def _painted(run: list[Piece]) -> str:
 
 def _legend(coloured: bool) -> str:
     if not coloured:
-        return f"⟦trained⟧ masked ⟪past max_length⟫ {END} end of turn"
+        return f"in double brackets: trained; in double angle brackets: past max_length; {END} end of turn"
     return " ".join(f"\x1b[{code}m{state}\x1b[0m" for state, code in ANSI.items()) + f" max_length {END} end of turn"
 
 

@@ -236,6 +236,8 @@ def _row(line: int, values: Any, fault: RowFault | None) -> Raw:
 
 def _said(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
+        if error.pos >= len(error.doc.rstrip()):
+            return f"not JSON: it breaks off after column {len(error.doc.rstrip())}"
         return f"not JSON: {error.msg} at column {error.colno}"
     if isinstance(error, RecursionError):
         return "nested too deeply"

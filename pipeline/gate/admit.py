@@ -41,7 +41,8 @@ def admit(
     quiet: bool = False,
 ) -> Admitted[AnyRow]:
     """Says what was found. Raises `UserError` where there is nothing to read, or no row passes."""
-    gate = gates.Gate(check, leaks=leaks)
+    # the model's own special tokens are looked for where rows are encoded, not guessed at here
+    gate = gates.Gate(check.model_copy(update={"ignore": [*check.ignore, "special-token"]}), leaks=leaks)
     rows: list[Row] = []
     rejects: dict[tuple[str, int], Finding] = {}
     warnings: dict[str, list[Finding]] = {}
@@ -56,6 +57,9 @@ def admit(
     gates.run(gate, files, note, rows.append, kind, quiet)
     if not gate.total.rows:
         raise UserError("holds no rows", where=name, remedy=f"rows like {SHAPES[kind]}, one a line")
+    broken = next((r for r in rejects.values() if r.rule.name == "broken-file"), None)
+    if broken:  # one finding, and nobody knows how many rows
+        raise UserError(f"cannot be read to its end: {broken.reason}", where=broken.where, remedy=broken.rule.remedy)
     for found in () if quiet else warnings.values():
         for finding in found[:SHOWN]:
             say(f"warning: {finding.where}: {finding.text}")

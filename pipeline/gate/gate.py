@@ -69,6 +69,9 @@ class Gate:
         self.found: Counter[str] = Counter()  # findings, by the rule's name
         self.dropped: set[int] = set()  # numbers of rows that only the set showed to be wrong
         self._places = Places()  # of the rows that passed, as all below
+        self._sorts: list[tuple[type[Row], str]] = []  # kinds and domains there are
+        self._numbers: dict[tuple[type[Row], str], int] = {}
+        self._sort = array("I")
         self._ids, self._texts, self._sides = Exact(), Exact(), Exact()
         self._turned = bytearray()  # 1 where a pair's sides stand in descending order
         self._near = NearDuplicates(check.near_duplicate) if "near-duplicate" in self.rules else None
@@ -104,9 +107,7 @@ class Gate:
         if any(f.rule.severity == "error" for f in findings):
             self._reject(count)
             return None, findings
-        for c in (count, self.total):
-            c.kinds[found_kind] += 1
-            c.domains[row.domain] += 1
+        self._count(file, found_kind, row.domain, 1)
         self._remember(row)
         return row, findings
 
@@ -117,7 +118,7 @@ class Gate:
             yield from self._of_set("id-twice", later, f"its id stands at {self._places.where(first)} too")
         for later, first in self._texts.pairs():
             alike.add(later)
-            yield from self._of_set("duplicate", later, f"stands at {self._places.where(first)} already")
+            yield from self._of_set("duplicate", later, f"its text stands at {self._places.where(first)} already")
         for later, first in self._sides.pairs():
             pair, other = self._pairs[later], self._pairs[first]
             if self._turned[later] != self._turned[first]:
@@ -188,6 +189,11 @@ class Gate:
     def _remember(self, row: Row) -> None:
         number = self.passed
         self._places.add(row.file, row.line)
+        sort = (type(row), row.domain)
+        if sort not in self._numbers:
+            self._numbers[sort] = len(self._sorts)
+            self._sorts.append(sort)
+        self._sort.append(self._numbers[sort])
         self._ids.add(_digest(row.where if row.id == row.where else f"id {row.id}"))
         self._texts.add(text_digest(row))
         if self._near:
@@ -209,6 +215,7 @@ class Gate:
         if rule.severity == "error":
             self.dropped.add(number)
             self._reject(self.files[file])
+            self._count(file, *self._sorts[self._sort[number]], -1)
         yield Finding(rule, file, line, reason)
 
     def _balance(self) -> Iterator[Finding]:
@@ -226,6 +233,13 @@ class Gate:
                 self.found["unbalanced-domains"] += 1
                 reason = f"{domain} has {rows:,} rows; an even share is {even:,.0f}"
                 yield Finding(self.rules["unbalanced-domains"], "the set", 0, reason)
+
+    def _count(self, file: str, kind: type[Row], domain: str, by: int) -> None:
+        for count in (self.files[file], self.total):
+            for counter, key in ((count.kinds, kind), (count.domains, domain)):
+                counter[key] += by  # type: ignore[index]
+                if not counter[key]:  # type: ignore[index]
+                    del counter[key]
 
     def _reject(self, count: Count) -> None:
         for c in (count, self.total):

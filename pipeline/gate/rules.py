@@ -29,7 +29,7 @@ class Rule:
 RULES = (
     # ── reading
     Rule("D101", "encoding", "error", "bytes that are not UTF-8, or half a character", "save the file as UTF-8"),
-    Rule("D102", "broken-json", "error", "a line that is not a JSON object", "mend the line"),
+    Rule("D102", "broken-json", "error", "a line that is no JSON object, or no row of its CSV", "mend the line"),
     Rule("D103", "broken-file", "error", "a file that cannot be read to its end", "make the file anew"),
     Rule("D104", "unknown-shape", "error", "a row of no known format", "rename its fields to one of the known formats"),
     Rule("D105", "missing-field", "error", "a row without a field that its kind needs", "add the field"),

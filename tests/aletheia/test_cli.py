@@ -88,7 +88,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown subcommand": (("data", "chek"), "error: No such command 'chek'.+; try aletheia data --help"),
     "unknown option": (("sft", "--epochs", "3"), "error: No such option.*--epochs.*; try aletheia sft --help"),
     "option without its value": (("sft", "--set"), "error: .*--set.*; try aletheia (sft )?--help"),
-    "no path": (("data", "check"), "error: Missing argument.*; try aletheia data check --help"),
+    "no path": (("data", "check"), "error: data check: names nothing to check; try a path, or --profile NAME"),
     "no such profile": (("sft", "--profile", "smal"), "error: configs/smal.yaml: no profile `smal`; try --profile small"),
     "no such key": (
         ("sft", *SMALL, "--set", "sft_config.lora_rnk=4"), "error: --set: sft_config.lora_rnk: .*; try `lora_rank`"),

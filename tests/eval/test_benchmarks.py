@@ -59,7 +59,7 @@ def test_scores_are_those_computed_by_hand_wherever_one_stands(
     lines = [line for path in sorted((folder / "choices").glob("*.jsonl")) for line in path.read_text().splitlines()]
     rows = [json.loads(line) for line in lines[:ITEMS]]
     assert scores.items == {i: right_by_hand(model, chat, row) for i, row in enumerate(rows)}
-    assert (scores.metric, scores.version) == ("acc", "1.0")
+    assert (scores.metric, scores.version) == ("acc", "2.0")
 
 
 def test_changed_items_are_scored_anew_not_from_a_cache(

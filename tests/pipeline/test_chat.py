@@ -11,7 +11,7 @@ import pytest
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
-from aletheia.data_commands import show
+from aletheia.data.show import show
 from pipeline.chat import CONTRACT_FILE, Chat, Contract, Encoded
 from pipeline.data.read import read_rows
 from pipeline.data.rows import Conversation, Message, PreferencePair

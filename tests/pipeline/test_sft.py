@@ -129,9 +129,9 @@ def test_rows_that_cannot_be_used_are_named_with_file_line_and_reason(
     limits = ("sft_config.max_length=256", "training_data.max_reject_share=0.5", "sft_config.batch_size=11")
     record = run_stage(Sft, job(*ONE_STEP[1:], *limits))
     rejects = [json.loads(line) for line in (record.folder / "rejects.jsonl").read_text("utf-8").splitlines()]
-    assert [(r["where"], r["id"]) for r in rejects] == [
-        ("data/sft/bad.jsonl:1", "long"),
-        ("data/sft/bad.jsonl:3", "forged"),
+    assert [(r["file"], r["line"], r["rule"], r["id"]) for r in rejects] == [
+        ("data/sft/bad.jsonl", 1, "D301", "long"),
+        ("data/sft/bad.jsonl", 3, "D201", "forged"),
     ]
     assert "max_length is 256" in rejects[0]["reason"]
     assert "<|EOT|>" in rejects[1]["reason"]

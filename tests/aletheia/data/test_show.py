@@ -152,7 +152,9 @@ def test_json_holds_ids_text_and_mask_token_by_token(aletheia: Aletheia, workspa
 
 def test_what_rows_were_encoded_with_is_said_first(aletheia: Aletheia, workspace: Workspace, chat: Chat) -> None:
     first = aletheia(workspace, "data", "show", "data/sft", *SMALL).out.splitlines()[0]
-    assert first.startswith(f"# base and tokenizer tiny, chat contract {chat.contract.sha256[:12]}; ⟦trained⟧ masked")
+    assert first.startswith(
+        f"# base and tokenizer tiny, chat contract {chat.contract.sha256[:12]}; in double brackets: trained"
+    )
 
 
 # ── whole characters ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -176,6 +178,17 @@ def test_a_replacement_character_of_the_text_is_shown_as_it_is(chat: Chat, answe
     pieces = found(chat, answer)
     assert "".join(p.text for p in pieces if p.state == "trained") == f"{answer}\n{EOT}"
     assert pieces[-1].ids == [chat.end_of_turn_id]
+    assert max(len(p.ids) for p in pieces) < 12  # what is never whole does not wait for ever
+
+
+def test_no_piece_reaches_over_an_end_of_turn_or_where_training_begins(chat: Chat) -> None:
+    odd = chat.tokenizer("\ufffd", add_special_tokens=False)["input_ids"]
+    for masks in ((True, True, True), (False, True, True), (False, False, True)):
+        ids = [*odd, *odd, chat.end_of_turn_id]
+        mask = [m for m, part in zip(masks, (odd, odd, ids[-1:]), strict=True) for _ in part]
+        found = list(pieces(chat, Side("", Encoded(ids, mask), 99)))
+        assert [(t, p.state == "trained") for p in found for t in p.ids] == list(zip(ids, mask, strict=True))
+        assert (found[-1].ids, found[-1].text, found[-1].ends) == (ids[-1:], EOT, True)
 
 
 def test_a_tokenizer_that_begins_texts_otherwise_than_it_goes_on_keeps_its_spaces() -> None:
@@ -353,7 +366,7 @@ def control(text: str) -> set[str]:
 def hostile(workspace: Workspace) -> str:
     one = row(f"id {HOSTILE}", f"a {HOSTILE} z", domain=HOSTILE, difficulty=HOSTILE)
     one["messages"][0]["content"] = f"q {HOSTILE}\tz"
-    return write(workspace, "hostile.jsonl", one, '{"\x1b[31m\u202e": 1}')
+    return write(workspace, "hostile.jsonl", one, {HOSTILE: 1})
 
 
 @pytest.mark.parametrize("asked", [(), ("--totals",), ("--json",), ("--set", "sft_config.max_length=60")])

@@ -201,7 +201,7 @@ def test_duplicates_are_found_across_files(home: Workspace) -> None:
     found: list[Finding] = []
     run(Gate(Check()), [*sources(home, "a"), *sources(home, "b")], found.append, quiet=True)
     assert [(f.where, f.rule.name, f.reason) for f in found] == [
-        ("b/rows.jsonl:1", "duplicate", "stands at a/rows.jsonl:1 already")
+        ("b/rows.jsonl:1", "duplicate", "its text stands at a/rows.jsonl:1 already")
     ]
 
 
