@@ -21,6 +21,7 @@ from eval.measure import Items, Measurement, measure
 from pipeline import statistics
 from pipeline.chat import Chat
 from pipeline.config import Validation
+from pipeline.data import store
 from pipeline.data.read import read_rows
 from pipeline.data.rows import AnyRow, Conversation, PreferencePair, Question, describe, hashes
 from pipeline.data.split import split
@@ -76,6 +77,8 @@ class Evaluate:
             name: describe(rows) for name, rows in vars(self.items).items() if rows and name != "tasks"
         }
         items.write_rows(record.folder, {n: hashes(r) for n, r in vars(self.items).items() if r and n != "tasks"})
+        if self.items.questions:
+            store.keep(self.job.workspace, self.items.questions)
         base = measure(self.base.load(), self.chat, self.items, config, "base")
         gc.collect()
         label = model_name(self.job, self.source)

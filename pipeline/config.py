@@ -38,7 +38,8 @@ class Check(Section):
     )
     errors: list[str] = Field([], description="rules whose rows are rejected, whatever their own severity")
     warnings: list[str] = Field([], description="rules that only warn, whatever their own severity")
-    completion_characters: tuple[int, int] = Field((2, 40_000), description="band of an answer's length; outside: D203")
+    shortest_answer: Positive = Field(2, description="characters; a shorter one is said (D203)")
+    longest_answer: Positive = Field(40_000, description="characters; a longer one is said (D203)")
     near_duplicate: Annotated[float, Field(gt=0.5, le=1)] = Field(
         0.8, description="rows whose words overlap this much (Jaccard, word triples) are near-duplicates"
     )

@@ -164,6 +164,7 @@ def encoded(
     record.facts.data = facts | {"contract": chat.contract.sha256}
     record.facts.lineage.base = identity
     record.facts.results = {}
+    say(f"rows: {rows.text()}")
     items.write_rows(record.folder, {"train": hashes(rows.train), "held_out": hashes(rows.held_out)})
     rejects = list(rows.rejects)
     kept = _fit(alter(rows.train), job, chat, max_length, encode, rejects)

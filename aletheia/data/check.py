@@ -8,11 +8,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
+from aletheia.data.snapshot import kind_of
 from aletheia.output import print_json, print_table, printable
 from pipeline.config import TrainingData
-from pipeline.data.formats import converted
-from pipeline.data.rows import NAMES, Conversation, MultipleChoice, PreferencePair, Question, Row, RowFault
-from pipeline.data.source import Source, sources
+from pipeline.data.rows import NAMES, Conversation, MultipleChoice, PreferencePair, Question, Row
+from pipeline.data.source import sources
 from pipeline.errors import UserError
 from pipeline.gate.admit import forbid
 from pipeline.gate.benchmarks import forbid_tasks
@@ -56,7 +56,7 @@ def check(
 
         mend(workspace, found, rules)
     leaks = Leaks(config.check.leak_words, config.check.near_duplicate)
-    forbid(leaks, [source for source in found if _kind(source) in EVALUATION])
+    forbid(leaks, [source for source in found if kind_of(source) in EVALUATION])
     read = {source.shown for source in found}
     for name in [*against, *([config.eval] if job and workspace.path(config.eval).exists() else [])]:
         forbid(leaks, [source for source in sources(workspace, name) if source.shown not in read])
@@ -186,14 +186,3 @@ def _tokenized(job: Job) -> Tokenized:
     }
     totals = {kind: Totals(max_length) for kind, max_length in lengths.items()}
     return Tokenized(find_base(job.workspace, job.profile).chat(), totals)
-
-
-def _kind(source: Source) -> type[Row] | None:
-    """Of the first row that can be told."""
-    for raw in source.raws():
-        try:
-            if raw.values is not None:
-                return converted(raw.values)[0]
-        except RowFault:
-            continue
-    return None

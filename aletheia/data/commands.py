@@ -82,12 +82,24 @@ def show_(
 
 
 @app.command("snapshot")
-def snapshot_(profile: ProfileOption = DEFAULT, set_: SetOption = None, dry_run: DryRunOption = False) -> None:
+def snapshot_(
+    paths: Annotated[
+        list[str] | None, typer.Argument(help="Rows to keep without a record; default: the profile's, with one.")
+    ] = None,
+    profile: ProfileOption = DEFAULT,
+    set_: SetOption = None,
+    dry_run: DryRunOption = False,
+) -> None:
     """Sends the profile's data through the gate, keeps what passes under its hash, and records counts and split.
 
     \b
     Example:  aletheia data snapshot --profile tiny
     """
+    if paths:
+        from aletheia.data.snapshot import keep
+
+        keep(paths)
+        return
     from aletheia.jobs import make_job, run_or_plan
     from pipeline.snapshot import Snapshot
 

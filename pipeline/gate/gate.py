@@ -152,7 +152,7 @@ class Gate:
             yield from tokens.faults(self.tokenized.chat, row, totals.max_length, totals)
 
     def _of_answers(self, row: Row) -> Iterator[tuple[str, str]]:
-        least, most = self.check.completion_characters
+        least, most = self.check.shortest_answer, self.check.longest_answer
         for index, answer in enumerate(row.answers):
             if not least <= len(answer) <= most:
                 yield "completion-length", f"an answer of {len(answer):,} characters; the band is {least:,} to {most:,}"
