@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from aletheia.data import show
+from aletheia.data import examples
 from aletheia.report.page import HERE as REPORT
 from pipeline.data.rows import NAMES
 from pipeline.gate.tokens import Totals
@@ -27,7 +27,7 @@ BINS = 30
 WIDTH, HEIGHT = 240, 28  # of a histogram, in its own units
 
 
-def page(reader: show.Reader, shown: Sequence[show.Example]) -> str:
+def page(reader: examples.Reader, shown: Sequence[examples.Example]) -> str:
     """The whole page; `reader` has read all rows."""
     scripts = [(REPORT / "theme.js").read_text("utf-8"), (HERE / "page.js").read_text("utf-8")]
     environment = Environment(
@@ -40,12 +40,12 @@ def page(reader: show.Reader, shown: Sequence[show.Example]) -> str:
         "tokens": lambda side: tokens(reader, side),
     }
     return environment.get_template("page.html.j2").render(
-        mark=Markup(show.MARK),
+        mark=Markup(examples.MARK),
         policy=_policy(scripts),
         css=Markup((REPORT / "page.css").read_text("utf-8") + (HERE / "page.css").read_text("utf-8")),
         scripts=list(map(Markup, scripts)),
         reader=reader,
-        heading=show.heading(reader),
+        heading=examples.heading(reader),
         examples=shown,
         domains=sorted({example.row.domain for example in shown}),
         summary=reader.summary(len(shown)),
@@ -67,7 +67,7 @@ class Spread:
     def of(cls, totals: Totals) -> "Spread":
         figures = totals.as_json()
         longest = max(max(found) for found in totals.lengths.values())
-        domains = [(name, figure, bars(totals.lengths[name], longest)) for name, figure in show.lengths(totals)]
+        domains = [(name, figure, bars(totals.lengths[name], longest)) for name, figure in examples.lengths(totals)]
         limit = totals.max_length / longest * WIDTH if totals.max_length < longest else None
         return cls(figures, domains, len(totals.lengths) - len(domains), limit)
 
@@ -85,16 +85,16 @@ def bars(lengths: Sequence[int], longest: int) -> list[tuple[float, float, float
     ]
 
 
-def tokens(reader: show.Reader, side: show.Side) -> Markup:
+def tokens(reader: examples.Reader, side: examples.Side) -> Markup:
     """Every token as an element that tells its position and id, in an element for each run of one state."""
-    found = show.pieces(reader.chat, side, side.max_length + show.PAST_SHOWN)
+    found = examples.pieces(reader.chat, side, side.max_length + examples.PAST_SHOWN)
     return Markup("").join(
         Markup('<span class="{}">{}</span>').format(run[0].state, Markup("").join(map(_token, run)))
-        for run in show.runs(found)
+        for run in examples.runs(found)
     )
 
 
-def _token(piece: show.Piece) -> Markup:
+def _token(piece: examples.Piece) -> Markup:
     last = piece.start + len(piece.ids) - 1
     place = f"{piece.start}" if last == piece.start else f"{piece.start}–{last}"
     title = f"{place} · id {' '.join(map(str, piece.ids))}"
@@ -108,9 +108,9 @@ def _characters(text: str, breaks: bool = False) -> Markup:
     if text.isprintable():
         return escape(text)
     parts = []
-    for hidden, group in groupby(text, show.is_hidden):
+    for hidden, group in groupby(text, examples.is_hidden):
         if hidden:
-            parts += [Markup('<b title="{}">{}</b>').format(_name(c), show.code_point(c)) for c in group]
+            parts += [Markup('<b title="{}">{}</b>').format(_name(c), examples.code_point(c)) for c in group]
         else:
             plain = escape("".join(group))
             parts.append(plain.replace("\n", Markup("<s></s>\n")) if breaks else plain)

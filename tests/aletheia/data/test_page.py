@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aletheia.data.examples import MARK
 from aletheia.data.page import BINS, HEIGHT, bars
-from aletheia.data.show import MARK
 from pipeline.chat import Chat, Encoded
 from pipeline.data.read import read_rows
 from pipeline.data.rows import Conversation, PreferencePair

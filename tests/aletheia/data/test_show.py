@@ -13,7 +13,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from aletheia.data.show import END, Piece, Side, pieces
+from aletheia.data.examples import Piece, Side, pieces
+from aletheia.data.show import END
 from pipeline.chat import Chat, Encoded
 from pipeline.data.read import read_rows
 from pipeline.data.rows import Conversation, PreferencePair
