@@ -27,6 +27,7 @@ from aletheia.options import (
     ResumeOption,
     SetOption,
 )
+from aletheia.output import printable
 from pipeline.errors import AletheiaError, UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -231,7 +232,7 @@ def main() -> None:
     except AletheiaError as error:
         code = _report(str(error), error.exit_code, debug)
     except Exit as error:
-        code = error.exit_code
+        code = _report("interrupted", 130, debug) if error.exit_code == 130 else error.exit_code
     except (Abort, KeyboardInterrupt):
         code = _report("interrupted", 130, debug)
     except TyperException as error:
@@ -258,7 +259,7 @@ def _usage(error: TyperException, debug: bool) -> int:
 def _report(line: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"error: {' '.join(line.splitlines())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(line.splitlines()))}", file=sys.stderr)
     return code
 
 

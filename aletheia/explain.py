@@ -32,7 +32,7 @@ def _follows(job: Job) -> Iterator[tuple[str, str]]:
         a_step = config.batch_size * config.gradient_accumulation
         rows: TrainingRows[Any]
         try:
-            rows = read(job.workspace, job.config.training_data, kind, job.config.eval_config.tasks, quiet=True)
+            rows = read(job.workspace, job.config, kind, quiet=True)
         except AletheiaError as error:
             yield stage, f"unknown: {error}"
             continue

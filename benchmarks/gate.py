@@ -9,6 +9,7 @@ are of the process's own CPU time, so that what else the machine does counts lit
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -20,9 +21,9 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 SETS = {  # of rules: what is left out
-    "structure": ["D2", "D3", "D4"],
-    "structure, duplicates": ["D2", "D3", "near-duplicate", "leak", "near-leak"],
-    "with near-duplicates": ["D2", "D3", "leak", "near-leak"],
+    "structure": ["D2", "D4"],
+    "structure, duplicates": ["D2", "near-duplicate", "leak", "near-leak"],
+    "with near-duplicates": ["D2", "leak", "near-leak"],
     "every rule": [],
 }
 
@@ -55,21 +56,21 @@ def main() -> None:
 def make_rows(path: Path, number: int) -> None:
     draw = random.Random(42)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 10))) for _ in range(30_000)]
-    weights = [1 / (rank + 10) for rank in range(len(words))]
+    weights = list(itertools.accumulate(1 / (rank + 10) for rank in range(len(words))))
     kept: list[str] = []
     with path.open("w", encoding="utf-8") as out:
         for index in range(number):
             if index % 1000 == 999:
                 out.write('{"messages": [{"role": "user", "content": "broken"}]}\n')
                 continue
-            text = " ".join(draw.choices(words, weights, k=300))
+            text = " ".join(draw.choices(words, cum_weights=weights, k=300))
             if index % 100 == 50:
                 text = f"{draw.choice(kept)} {draw.choice(words)}"
             elif len(kept) < 1000:
                 kept.append(text)
             if index % 3 == 0:
                 text += f"\n\n```python\nvalue_{index} = {{{draw.randrange(1000)}: 'x'}}\nprint(value_{index})\n```"
-            prompt = " ".join(draw.choices(words, weights, k=25))
+            prompt = " ".join(draw.choices(words, cum_weights=weights, k=25))
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
             out.write(json.dumps({"id": f"row-{index}", "domain": f"d{index % 5}", "messages": turns}) + "\n")
 

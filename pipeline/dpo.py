@@ -25,7 +25,7 @@ from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Input
 from pipeline.stage import Job, Source, steps_in_all, take
 from pipeline.statistics import Figure
-from pipeline.training_data import TrainingRows, check_context, encoded, read
+from pipeline.training_data import TrainingRows, check_context, encoded, read, say_what_the_other_holds_out
 
 EncodedPair = tuple[PreferencePair, tuple[Encoded, Encoded]]
 PAIRS_CHECKED = 8  # enough to show a wrong reference, cheap enough to run every time
@@ -44,20 +44,21 @@ class Dpo:
 
     @classmethod
     def prepare(cls, job: Job) -> Self:
-        rows = read(job.workspace, job.config.training_data, PreferencePair, job.config.eval_config.tasks)
         source = None if job.source == "base" else take(job, ["sft"], "adapter")
         base = find_base(job.workspace, job.profile)
         check_context(job, base, "dpo_config")
         chat = base.chat()
         if source:
             check_trained_on(base, chat, job.workspace, source)
+        rows = read(job.workspace, job.config, PreferencePair, chat)
+        rows.shared = say_what_the_other_holds_out(job.workspace, job.config, rows, PreferencePair)
         return cls(job, base, chat, rows, source, [source.input] if source else [])
 
     def plan(self) -> list[tuple[str, str]]:
         config = self.job.config.dpo_config
         return [
             ("policy and reference", self.source.file.id if self.source else f"{self.base.name}, no SFT"),
-            ("pairs", self.rows.text()),
+            ("pairs", self.rows.text(self.job.config.training_data.max_reject_share)),
             ("a step learns from", f"{config.batch_size * config.gradient_accumulation} pairs"),
             ("steps", str(steps_in_all(config, len(self.rows.train)))),
         ]

@@ -15,8 +15,8 @@ LINE_EVERY = 10.0  # seconds between progress lines where there is no terminal
 
 
 def say(text: str) -> None:
-    """One note to the person, on stderr; stdout is for data."""
-    _write(f"{text}\n")
+    """One note to the person, on stderr; stdout is for data. What a terminal would obey is taken out: rows are anybody's."""
+    _write("".join(letter if letter.isprintable() or letter in "\n\t" else " " for letter in text) + "\n")
 
 
 def _write(text: str) -> None:

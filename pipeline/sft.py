@@ -19,7 +19,7 @@ from pipeline.progress import say
 from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Input
 from pipeline.stage import FEW_STEPS, Job, steps_in_all
-from pipeline.training_data import TrainingRows, check_context, encoded, read
+from pipeline.training_data import TrainingRows, check_context, encoded, read, say_what_the_other_holds_out
 
 
 @dataclass
@@ -34,10 +34,12 @@ class Sft:
 
     @classmethod
     def prepare(cls, job: Job) -> Self:
-        rows = read(job.workspace, job.config.training_data, Conversation, job.config.eval_config.tasks)
         base = find_base(job.workspace, job.profile)
         check_context(job, base, "sft_config")
-        return cls(job, base, base.chat(), rows)
+        chat = base.chat()
+        rows = read(job.workspace, job.config, Conversation, chat)
+        rows.shared = say_what_the_other_holds_out(job.workspace, job.config, rows, Conversation)
+        return cls(job, base, chat, rows)
 
     def plan(self) -> list[tuple[str, str]]:
         config = self.job.config.sft_config
@@ -45,7 +47,7 @@ class Sft:
         few = f"  (fewer than {FEW_STEPS}: more rows or epochs, or a smaller batch)" if steps < FEW_STEPS else ""
         return [
             ("base", f"{self.base.name} on {self.base.device}, quantization {self.base.quantization}"),
-            ("rows", self.rows.text()),
+            ("rows", self.rows.text(self.job.config.training_data.max_reject_share)),
             ("a step learns from", f"{config.batch_size * config.gradient_accumulation} rows"),
             ("steps", str(steps) + few),
         ]

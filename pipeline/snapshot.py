@@ -9,9 +9,12 @@ and the first step of a pipeline. Rejected rows stand in `rejects.jsonl` beside 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
+from pipeline.chat import Chat
 from pipeline.data import store
 from pipeline.data.read import read_rows
 from pipeline.data.rows import Conversation, MultipleChoice, PreferencePair, Question, describe, hashes
+from pipeline.errors import UserError
+from pipeline.model import find_base
 from pipeline.progress import say
 from pipeline.records import items
 from pipeline.records.lifecycle import Record
@@ -33,19 +36,20 @@ class Snapshot:
 
     @classmethod
     def prepare(cls, job: Job) -> Self:
-        paths, workspace, tasks = job.config.training_data, job.workspace, job.config.eval_config.tasks
+        paths, workspace = job.config.training_data, job.workspace
+        chat = _chat(job)
         return cls(
             job,
-            read(workspace, paths, Conversation, tasks),
-            read(workspace, paths, PreferencePair, tasks),
+            read(workspace, job.config, Conversation, chat),
+            read(workspace, job.config, PreferencePair, chat),
             read_rows(workspace, f"{paths.eval}/questions", Question),
             read_rows(workspace, f"{paths.eval}/choices", MultipleChoice),
         )
 
     def plan(self) -> list[tuple[str, str]]:
         return [
-            ("sft", self.sft.text()),
-            ("dpo", self.dpo.text()),
+            ("sft", self.sft.text(self.job.config.training_data.max_reject_share)),
+            ("dpo", self.dpo.text(self.job.config.training_data.max_reject_share)),
             ("eval", f"{len(self.questions)} open questions, {len(self.choices)} multiple choice"),
         ]
 
@@ -58,8 +62,8 @@ class Snapshot:
         }
         for rows in evaluation.values():
             store.keep(self.job.workspace, rows)
-        parts = {f"{name}.{end}": getattr(r, end) for name, r in training.items() for end in ("train", "held_out")}
-        items.write_rows(record.folder, {name: hashes(rows) for name, rows in (parts | evaluation).items()})
+        parts = {f"{name}.{part}": found for name, rows in training.items() for part, found in rows.parts().items()}
+        items.write_rows(record.folder, parts | {name: hashes(rows) for name, rows in evaluation.items()})
         write_rejects(record.folder, [*self.sft.rejects, *self.dpo.rejects])
         rows_in_all = [len(r.every) for r in training.values()] + [len(rows) for rows in evaluation.values()]
         record.facts.results = {"rows": sum(rows_in_all)}
@@ -68,3 +72,12 @@ class Snapshot:
             say(f"{label}: {text}")
         for r in training.values():
             stop_at_too_many(self.job, record, r.rejects, r.read)
+
+
+def _chat(job: Job) -> Chat | None:
+    """The tokenizer's, where the base model is at hand: looking at data should not need a GPU or a download."""
+    try:
+        return find_base(job.workspace, job.profile).chat()
+    except UserError as error:
+        say(f"note: tokens are not counted here, training will: {error.what}")
+        return None

@@ -7,21 +7,23 @@ base is refused. Imports no trainer.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pipeline.chat import Chat, Encoded
-from pipeline.config import Profile, TrainingData
+from pipeline.config import Profile
 from pipeline.data import store
-from pipeline.data.rows import AnyRow, Conversation, PreferencePair, describe, hashes, row_hash
-from pipeline.data.split import split
+from pipeline.data.rows import AnyRow, Conversation, PreferencePair, Row, describe, hashes, row_hash
+from pipeline.data.split import described, split
 from pipeline.errors import UserError
 from pipeline.gate import tokens
-from pipeline.gate.admit import Admitted, admit, evaluation_leaks
+from pipeline.gate.admit import Admitted, admit, evaluation_leaks, forbid_row
 from pipeline.gate.finding import Finding
-from pipeline.gate.rules import BY_NAME, selected
+from pipeline.gate.gate import text_digest
+from pipeline.gate.leaks import Leaks
+from pipeline.gate.rules import BY_NAME
 from pipeline.model import Base
 from pipeline.progress import say
 from pipeline.records import items
@@ -31,19 +33,25 @@ from pipeline.records.schema import Facts
 from pipeline.stage import Job
 from pipeline.workspace import Workspace
 
+UNFIT = "unfit"  # in rows.jsonl: rows that are too long, or that the template does not take
 PARTS: dict[type, str] = {Conversation: "sft", PreferencePair: "dpo"}  # keys of training_data
 Tokens = TypeVar("Tokens", Encoded, tuple[Encoded, Encoded])
 
 
 @dataclass
 class TrainingRows(Generic[AnyRow]):
-    """Rows that passed the gate, in their two parts, and what was found on the others."""
+    """Rows that can be trained, in their two parts, and what was found on the others.
+
+    They stand in the order of their hashes: what a run trains, and when, depends on the set and the seed, not on files.
+    """
 
     train: list[AnyRow]
     held_out: list[AnyRow]
     read: int
-    rejects: list[Finding] = field(default_factory=list)
-    findings: dict[str, int] = field(default_factory=dict)
+    rejects: list[Finding]
+    findings: Counter[str]  # by the rule's name
+    unfit: list[AnyRow]  # of the rejects those that are too long, or that the template does not take
+    shared: int = 0  # training rows that stand in what the other stage holds out
 
     @property
     def every(self) -> list[AnyRow]:
@@ -51,58 +59,130 @@ class TrainingRows(Generic[AnyRow]):
 
     def described(self, job: Job) -> dict[str, Any]:
         """For the record: both parts, the snapshot of all, and how they were told apart."""
-        validation = job.config.training_data.validation
-        how = {"path": validation.path} if validation.path else {
-            "strategy": validation.strategy, "fraction": validation.fraction, "seed": validation.seed
-        }  # fmt: skip
         path = store.keep(job.workspace, self.every)
         return {
             "train": describe(self.train),
             "held_out": describe(self.held_out),
-            "split": how,
+            "split": described(job.config.training_data.validation),
             "snapshot": {
                 "rows": len(self.every),
                 "sha256": path.name.partition(".")[0],
                 "path": job.workspace.shown(path),
             },
             "order_seed": job.config.seed,
+            "read": self.read,
             "rejected": len(self.rejects),
             "findings": dict(sorted(self.findings.items())),
+            "in_held_out_of_other_stage": self.shared,
         }
 
-    def text(self) -> str:
-        rejected = f", {len(self.rejects)} rejected" if self.rejects else ""
-        return f"{len(self.train)} to train, {len(self.held_out)} held out{rejected}"
+    def parts(self) -> dict[str, dict[str, str]]:
+        """Hashes by id, for `rows.jsonl`."""
+        found = {"train": hashes(self.train), "held_out": hashes(self.held_out)}
+        return found | ({UNFIT: hashes(self.unfit)} if self.unfit else {})
+
+    def text(self, limit: float = 1.0) -> str:
+        """`limit`: the share of rejected rows from which the stage stops."""
+        rejected = f", {len(self.rejects)} of {self.read} rejected" if self.rejects else ""
+        stops = ": more than max_reject_share allows, it would stop" if len(self.rejects) > limit * self.read else ""
+        return f"{len(self.train)} to train, {len(self.held_out)} held out{rejected}{stops}"
 
 
 def read(
-    workspace: Workspace, paths: TrainingData, kind: type[AnyRow], tasks: Sequence[str], quiet: bool = False
+    workspace: Workspace,
+    config: Profile,
+    kind: type[AnyRow],
+    chat: Chat | None = None,
+    quiet: bool = False,
 ) -> TrainingRows[AnyRow]:
-    """The conversations or pairs that `paths` names, none of which stands in an evaluation or in one of `tasks`.
+    """The conversations or pairs of a profile: through the gate, split, and without what does not fit.
 
-    The same files and settings give the same rows and parts, in whatever stage. Raises `UserError` where there is nothing to
-    read, or nothing passes.
+    None of them stands in an evaluation. `chat`: None leaves the rules on tokens out. The same files and settings give the
+    same rows and parts, in whatever stage. Raises `UserError` where there is nothing to read, or nothing passes.
     """
-    apart = _held_out_apart(workspace, paths, kind, tasks, quiet)
+    paths, tasks = config.training_data, config.eval_config.tasks
+    apart = _held_out_apart(workspace, config, kind, quiet)
     leaks = evaluation_leaks(workspace, paths, tasks, apart.rows if apart else (), quiet)
     admitted = admit(workspace, getattr(paths, PARTS[kind]), kind, paths.check, leaks, quiet)
-    if apart is None:
-        train, held_out = split(admitted.rows, paths.validation)
-        return TrainingRows(train, held_out, admitted.read, admitted.rejects, admitted.findings)
-    findings = Counter(admitted.findings) + Counter(apart.findings)
-    read_in_all = admitted.read + apart.read
-    return TrainingRows(admitted.rows, apart.rows, read_in_all, [*admitted.rejects, *apart.rejects], dict(findings))
+    train, held_out = split(admitted.rows, paths.validation) if apart is None else (admitted.rows, apart.rows)
+    found = TrainingRows(train, held_out, admitted.read, admitted.rejects, Counter(admitted.findings), [])
+    if apart:
+        found.read += apart.read
+        found.rejects += apart.rejects
+        found.findings += Counter(apart.findings)
+        _drop_what_is_held_out(found)
+    if chat:
+        _drop_what_does_not_fit(found, chat, getattr(config, f"{PARTS[kind]}_config").max_length)
+    found.train.sort(key=row_hash)
+    found.held_out.sort(key=row_hash)
+    return found
 
 
-def _held_out_apart(
-    workspace: Workspace, paths: TrainingData, kind: type[AnyRow], tasks: Sequence[str], quiet: bool
-) -> Admitted[AnyRow] | None:
+def _drop_what_is_held_out(found: TrainingRows[AnyRow]) -> None:
+    """Training rows whose very text is held out, however short they are: shorter than a leak in words must be."""
+    places = {text_digest(row): row.where for row in found.held_out}
+    kept = []
+    for row in found.train:
+        if where := places.get(text_digest(row)):
+            found.rejects.append(_finding(row, "leak", f"is held out at {where}"))
+            found.findings["leak"] += 1
+        else:
+            kept.append(row)
+    found.train = kept
+
+
+def _drop_what_does_not_fit(found: TrainingRows[AnyRow], chat: Chat, max_length: int) -> None:
+    for part in (found.train, found.held_out):
+        kept = []
+        for row in part:
+            if faults := list(tokens.faults(chat, row, max_length)):
+                found.unfit.append(row)
+                found.rejects.append(_finding(row, *faults[0]))
+                found.findings.update(name for name, _ in faults)
+            else:
+                kept.append(row)
+        part[:] = kept
+
+
+def _finding(row: Row, rule: str, reason: str) -> Finding:
+    return Finding(BY_NAME[rule], row.file, row.line, reason, row.id, row.item)
+
+
+def say_what_the_other_holds_out(workspace: Workspace, config: Profile, rows: TrainingRows[AnyRow], kind: type) -> int:
+    """How many training rows stand in what the other stage holds out: dpo's in sft's conversations, sft's in dpo's pairs.
+
+    They may be trained, since teams ask the same questions for both; but what is then measured there is not unseen.
+    """
+    other = next(k for k in PARTS if k is not kind)
+    try:
+        held_out: list[Any] = read(workspace, config, other, quiet=True).held_out
+    except UserError:  # there are none, or none that are right: the other stage says so
+        return 0
+    leaks = Leaks(config.training_data.check.leak_words, config.training_data.check.near_duplicate)
+    for row in held_out:
+        forbid_row(leaks, row)
+    shared = [row for row in rows.train if any(leaks.found(t, t == row.asked[-1]) for t in (*row.asked, *row.answers))]
+    if shared:
+        say(
+            f"note: {len(shared)} of {len(rows.train)} rows stand in what {PARTS[other]} holds out, first {shared[0].where}:"
+        )
+        say(f"      figures on {PARTS[other]}'s held-out rows are not of unseen rows after this")
+    return len(shared)
+
+
+def _held_out_apart(workspace: Workspace, config: Profile, kind: type[AnyRow], quiet: bool) -> Admitted[AnyRow] | None:
     """The rows of `validation.path`; None where a share is held out instead."""
+    paths = config.training_data
     if paths.validation.path is None:
         return None
-    folder = f"{paths.validation.path}/{PARTS[kind]}"
-    name = folder if workspace.path(folder).exists() else paths.validation.path
-    return admit(workspace, name, kind, paths.check, evaluation_leaks(workspace, paths, tasks, quiet=True), quiet)
+    name = f"{paths.validation.path}/{PARTS[kind]}"
+    if not workspace.path(paths.validation.path).is_dir():
+        where = f"training_data.validation.path: {paths.validation.path}"
+        raise UserError("there is no such folder", where=where, remedy="a folder with sft/, dpo/ or both")
+    if not workspace.path(name).exists():
+        return None
+    leaks = evaluation_leaks(workspace, paths, config.eval_config.tasks, quiet=True)
+    return admit(workspace, name, kind, paths.check, leaks, quiet)
 
 
 def recorded(
@@ -113,7 +193,8 @@ def recorded(
     Raises `UserError` when some of them are nowhere any more.
     """
     folder = workspace.experiments / file.id
-    wanted = set(items.rows(folder).get(part, {}).values())
+    ids = {sha256: row_id for row_id, sha256 in items.rows(folder).get(part, {}).items()}
+    wanted = set(ids)
     said = facts.data.get(part, {})
     if not said.get("rows"):
         return []
@@ -122,8 +203,11 @@ def recorded(
     try:
         rows = store.load(workspace, str(facts.data.get("snapshot", {}).get("sha256")), kind)
     except UserError:
-        rows = read(workspace, config.training_data, kind, config.eval_config.tasks, quiet=True).every
+        rows = read(workspace, config, kind, quiet=True).every
     found = [row for row in rows if row_hash(row) in wanted]
+    for row in found:
+        if row.id == row.where:
+            row.put(ids[row_hash(row)])  # where this record found it: a snapshot may be older than the file's name
     if len({row_hash(row) for row in found}) < len(wanted):
         gone = len(wanted) - len({row_hash(row) for row in found})
         raise UserError(
@@ -165,17 +249,27 @@ def encoded(
     record.facts.lineage.base = identity
     record.facts.results = {}
     say(f"rows: {rows.text()}")
-    items.write_rows(record.folder, {"train": hashes(rows.train), "held_out": hashes(rows.held_out)})
+    items.write_rows(record.folder, rows.parts())
     rejects = list(rows.rejects)
-    kept = _fit(alter(rows.train), job, chat, max_length, encode, rejects)
-    kept_out = _fit(rows.held_out, job, chat, max_length, encode, rejects)
+    train = [(row, encode(row)) for row in _fitting(alter(rows.train), chat, max_length, rejects)]
     record.facts.data["rejected"] = len(rejects)
     write_rejects(record.folder, rejects)
     record.save()
     stop_at_too_many(job, record, rejects, rows.read)
-    if not kept:
-        raise UserError("no row is left to train on", where=rejects[0].where, remedy=rejects[0].rule.remedy)
-    return kept, kept_out
+    if not train:
+        first = rejects[0]
+        raise UserError(f"no row is left to train on: {first.text}", where=first.where, remedy=first.rule.remedy)
+    return train, [(row, encode(row)) for row in rows.held_out]
+
+
+def _fitting(rows: list[AnyRow], chat: Chat, max_length: int, rejects: list[Finding]) -> Iterator[AnyRow]:
+    """What was altered may no longer fit: such rows go to `rejects`."""
+    for row in rows:
+        fault = next(tokens.faults(chat, row, max_length), None)
+        if fault is None:
+            yield row
+        else:
+            rejects.append(_finding(row, *fault))
 
 
 def write_rejects(folder: Path, rejects: Sequence[Finding]) -> None:
@@ -200,26 +294,6 @@ def stop_at_too_many(job: Job, record: Record, rejects: Sequence[Finding], read:
             where=first.where,
             remedy=f"{first.rule.remedy}, or a larger training_data.max_reject_share; all are in {shown}",
         )
-
-
-def _fit(
-    rows: Iterable[AnyRow],
-    job: Job,
-    chat: Chat,
-    max_length: int,
-    encode: Callable[[AnyRow], Tokens],
-    rejects: list[Finding],
-) -> list[tuple[AnyRow, Tokens]]:
-    """Rows that can be trained, with their encoding; what is wrong with the others goes to `rejects`."""
-    rules = BY_NAME | selected(job.config.training_data.check)  # ignored or not: what does not fit cannot be trained
-    kept: list[tuple[AnyRow, Tokens]] = []
-    for row in rows:
-        fault = next(tokens.faults(chat, row, max_length), None)
-        if fault is None:
-            kept.append((row, encode(row)))
-        else:
-            rejects.append(Finding(rules[fault[0]], row.file, row.line, fault[1], row.id))
-    return kept
 
 
 def _same_as_begun(job: Job, record: Record, base: Base, identity: dict[str, Any], facts: dict[str, Any]) -> None:

@@ -1,18 +1,20 @@
 """`aletheia data check`: the gate over files, folders and hub data sets, as they stream past."""
 
 import json
+import os
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from aletheia.data.snapshot import kind_of
 from aletheia.output import print_json, print_table, printable
-from pipeline.config import TrainingData
+from pipeline.config import Check, TrainingData
 from pipeline.data.rows import NAMES, Conversation, MultipleChoice, PreferencePair, Question, Row
-from pipeline.data.source import sources
+from pipeline.data.source import Source, sources
 from pipeline.errors import UserError
 from pipeline.gate.admit import forbid
 from pipeline.gate.benchmarks import forbid_tasks
@@ -25,6 +27,7 @@ from pipeline.progress import say
 from pipeline.stage import Job
 from pipeline.workspace import Workspace
 
+DOMAINS = 12  # named of a file
 SHOWN = 10  # findings of a rule, unless all are asked for
 KEPT = 1000  # findings of a rule in --json
 EVALUATION = (Question, MultipleChoice)
@@ -47,33 +50,80 @@ def check(
     workspace = job.workspace if job else Workspace.find()
     config: TrainingData = job.config.training_data if job else TrainingData()
     rules = config.check.model_copy(update={"ignore": [*config.check.ignore, *ignore]})
-    names = list(paths) or ([config.sft, config.dpo, config.eval] if job else [])
-    if not names:
-        raise UserError("names nothing to check", where="data check", remedy="a path, or --profile NAME")
-    found = [source for name in names for source in sources(workspace, name)]
+    found = _sources(workspace, paths, config if job else None)
     if fix:
         from pipeline.gate.fix import fix as mend
 
-        mend(workspace, found, rules)
-    leaks = Leaks(config.check.leak_words, config.check.near_duplicate)
-    forbid(leaks, [source for source in found if kind_of(source) in EVALUATION])
-    read = {source.shown for source in found}
-    for name in [*against, *([config.eval] if job and workspace.path(config.eval).exists() else [])]:
-        forbid(leaks, [source for source in sources(workspace, name) if source.shown not in read])
-    if job:
-        forbid_tasks(leaks, workspace.path(config.eval), job.config.eval_config.tasks)
+        mend(workspace, [source for source, _ in found], rules)
+    leaks = _leaks(workspace, [source for source, _ in found], against, job)
     gate = Gate(rules, _tokenized(job) if job else None, leaks, run_code)
-    with ExitStack() as stack:
-        out = stack.enter_context(rejects.open("w", encoding="utf-8")) if rejects else None
+    with _written(rejects, {source.path.resolve() for source, _ in found}) as out:
         printer = Printer(sys.stderr if as_json else sys.stdout, every, as_json, out)
         run(gate, found, printer)
     if not gate.total.rows:
-        raise UserError("holds no rows", where=names[0])
+        raise UserError("holds no rows", where=", ".join(paths))
     if as_json:
         print_json(_json(gate, printer))
     else:
         _print(gate, printer, rejects, job)
-    return not gate.total.rejected
+    return not (gate.total.rejected or gate.failed)
+
+
+def _sources(
+    workspace: Workspace, paths: Sequence[str], config: TrainingData | None
+) -> list[tuple[Source, type[Row] | None]]:
+    """Each file once, with the kind of row that training takes it for. Raises `UserError` where nothing is named."""
+    kinds: dict[str, type[Row] | None] = {}
+    if config and not paths:
+        kinds = {config.sft: Conversation, config.dpo: PreferencePair}
+        kinds |= {
+            f"{config.eval}/{part}": kind for part, kind in (("questions", Question), ("choices", MultipleChoice))
+        }
+    names = list(paths) or list(kinds)
+    if not names:
+        raise UserError("names nothing to check", where="data check", remedy="a path, or --profile NAME")
+    found: dict[str, tuple[Source, type[Row] | None]] = {}
+    for name in names:
+        for source in sources(workspace, name):
+            found.setdefault(source.shown if source.hub else str(source.path.resolve()), (source, kinds.get(name)))
+    return list(found.values())
+
+
+def _leaks(workspace: Workspace, found: Sequence[Source], against: Sequence[str], job: Job | None) -> Leaks:
+    """What must not stand in a training row: evaluation rows among those checked, and those that are named."""
+    check = job.config.training_data.check if job else Check()
+    leaks = Leaks(check.leak_words, check.near_duplicate)
+    forbid(leaks, [source for source in found if kind_of(source) in EVALUATION], EVALUATION)
+    read = {source.shown for source in found}
+    names = list(against)
+    if job:
+        config = job.config.training_data
+        names += [name for name in (config.eval, config.validation.path) if name and workspace.path(name).exists()]
+        forbid_tasks(leaks, workspace.path(config.eval), job.config.eval_config.tasks)
+    for name in names:
+        forbid(leaks, [source for source in sources(workspace, name) if source.shown not in read])
+    return leaks
+
+
+@contextmanager
+def _written(path: Path | None, read: set[Path]) -> Iterator[Any]:
+    """A file that is there once all is written. Raises `UserError` where it is one of those that are `read`."""
+    if path is None:
+        yield None
+        return
+    if path.resolve() in read or path.is_dir():
+        raise UserError("is what is checked, or a folder", where=f"--rejects {path}", remedy="another file")
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=".writing-", delete=False, encoding="utf-8"
+        ) as out:
+            yield out
+        os.replace(out.name, path)
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", where=f"--rejects {path}") from None
+    finally:
+        with suppress(OSError, UnboundLocalError):
+            Path(out.name).unlink(missing_ok=True)
 
 
 def print_rules(as_json: bool) -> None:
@@ -89,15 +139,17 @@ def print_rules(as_json: bool) -> None:
 class Printer:
     """Prints the first findings of each rule as they come; all of them to `rejects`."""
 
-    def __init__(self, out: TextIO, every: bool, as_json: bool, rejects: TextIO | None) -> None:
+    def __init__(self, out: TextIO, every: bool, as_json: bool, rejects: Any) -> None:
         self.out, self.every, self.as_json, self.rejects = out, every, as_json, rejects
         self.counts: Counter[str] = Counter()
         self.kept: list[Finding] = []  # for JSON
+        self._last = ""
 
     def __call__(self, finding: Finding) -> None:
         self.counts[finding.rule.name] += 1
-        if self.rejects and finding.rule.severity == "error":
+        if self.rejects and finding.rule.severity == "error" and finding.where != self._last:  # a row's come together
             self.rejects.write(json.dumps(finding.as_json(), ensure_ascii=False) + "\n")
+            self._last = finding.where
         if self.as_json:
             if self.counts[finding.rule.name] <= KEPT:
                 self.kept.append(finding)
@@ -125,7 +177,7 @@ def _print(gate: Gate, printer: Printer, rejects: Path | None, job: Job | None) 
             ", ".join(NAMES[kind] for kind in count.kinds) or "–",
             f"{count.rows:,}",
             f"{count.rejected:,}",
-            ", ".join(f"{domain} {n:,}" for domain, n in sorted(count.domains.items())),
+            _domains(count.domains),
         )
         for name, count in gate.files.items()
     ]
@@ -137,10 +189,31 @@ def _print(gate: Gate, printer: Printer, rejects: Path | None, job: Job | None) 
     share = f" ({total.rejected / total.rows:.1%})" if total.rejected else ""
     tokens = "" if job else "; tokens not counted: --profile NAME"
     print(
-        f"\n{total.rows:,} rows, {total.rejected:,} rejected{share}, {warnings:,} warning{'' if warnings == 1 else 's'}{tokens}"
+        f"\n{total.rows:,} rows, {total.rejected:,} rejected{share}, "
+        f"{warnings:,} warning{'' if warnings == 1 else 's'}{tokens}"
     )
+    if job and total.rejected:
+        for name, read, rejected in _by_part(gate, job.config.training_data):
+            limit = job.config.training_data.max_reject_share
+            verdict = "training would stop" if rejected > limit * read else "training would go on without them"
+            print(
+                f"{name}: {rejected:,} of {read:,} rejected ({rejected / read:.1%}, the limit is {limit:.0%}): {verdict}"
+            )
     if rejects:
         say(f"every rejected row: {rejects}")
+
+
+def _by_part(gate: Gate, config: TrainingData) -> Iterator[tuple[str, int, int]]:
+    """Rows and rejected rows of the training data that a profile names."""
+    for name in (config.sft, config.dpo):
+        counts = [count for file, count in gate.files.items() if file == name or file.startswith(f"{name}/")]
+        if rows := sum(count.rows for count in counts):
+            yield name, rows, sum(count.rejected for count in counts)
+
+
+def _domains(counts: Counter[str]) -> str:
+    shown = ", ".join(f"{domain} {n:,}" for domain, n in sorted(counts.most_common(DOMAINS)))
+    return f"{shown}, {len(counts) - DOMAINS:,} more" if len(counts) > DOMAINS else shown
 
 
 def _json(gate: Gate, printer: Printer) -> dict[str, Any]:

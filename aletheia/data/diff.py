@@ -49,7 +49,7 @@ def _side(workspace: Workspace, name: str) -> list[Item]:
                 if raw.values is None:
                     raise raw.fault or AssertionError
                 kind, values = converted(raw.values)
-                row = validated(values, kind, source.shown, raw.line)
+                row = validated(values, kind, source.shown, raw.line, raw.item)
                 found.append(Item(row_hash(row), row.id, "", row))
             except RowFault:
                 broken += 1

@@ -24,6 +24,7 @@ from pipeline.gate.tokens import Totals
 
 HERE = Path(__file__).parent
 BINS = 30
+SCALE = 1.25  # of max_length, where the scale of a histogram ends at the latest: one long row would hide all others
 WIDTH, HEIGHT = 240, 28  # of a histogram, in its own units
 
 
@@ -36,6 +37,7 @@ def page(reader: examples.Reader, shown: Sequence[examples.Example]) -> str:
     environment.filters |= {
         "hidden": lambda text: _characters(str(text)),
         "comma": "{:,}".format,
+        "count": lambda number, what: f"{number:,} {what}{'s' * (number != 1)}",
         "percent": lambda share: f"{share:.1%}",
         "tokens": lambda side: tokens(reader, side),
     }
@@ -56,33 +58,46 @@ def page(reader: examples.Reader, shown: Sequence[examples.Example]) -> str:
 
 @dataclass(frozen=True)
 class Spread:
-    """What rows of one kind come to, and how long they are by domain, drawn on one scale from 0 to the longest."""
+    """What rows of one kind come to, and how long they are by domain, drawn on one scale from 0."""
 
     figures: dict[str, Any]
     domains: list[tuple[str, dict[str, int], list[Any]]]
     left_out: int  # domains
+    end: int  # tokens, of the scale: the longest, or a little past max_length where one is longer than that
+    more: bool  # whether a last bar holds what is longer than the scale
     limit: float | None  # where max_length is drawn; nothing when all rows are shorter
 
     @classmethod
     def of(cls, totals: Totals) -> "Spread":
         figures = totals.as_json()
         longest = max(max(found) for found in totals.lengths.values())
-        domains = [(name, figure, bars(totals.lengths[name], longest)) for name, figure in examples.lengths(totals)]
-        limit = totals.max_length / longest * WIDTH if totals.max_length < longest else None
-        return cls(figures, domains, len(totals.lengths) - len(domains), limit)
+        end = min(longest, round(SCALE * totals.max_length))
+        more = end < longest
+        domains = [(name, figure, bars(totals.lengths[name], end, more)) for name, figure in examples.lengths(totals)]
+        width = WIDTH * _bins(more) / BINS
+        limit = totals.max_length / end * width if totals.max_length < longest else None
+        return cls(figures, domains, len(totals.lengths) - len(domains), end, more, limit)
 
 
-def bars(lengths: Sequence[int], longest: int) -> list[tuple[float, float, float]]:
-    """Left, width and height of each bar that is not empty, in the units of the picture."""
-    counts = [0] * BINS
+def bars(lengths: Sequence[int], end: int, more: bool = False) -> list[tuple[float, float, float]]:
+    """Left, width and height of each bar that is not empty, in the units of the picture.
+
+    With `more` the last one stands a little apart, for what is longer than `end`.
+    """
+    counts, bins = [0] * BINS, _bins(more)
     for length in lengths:
-        counts[min(length * BINS // longest, BINS - 1)] += 1
+        counts[BINS - 1 if length > end else min(length * bins // end, bins - 1)] += 1
     width = WIDTH / BINS
     return [
         (round(place * width, 2), round(width - 1, 2), round(max(1.5, count / max(counts) * HEIGHT), 2))
         for place, count in enumerate(counts)
         if count
     ]
+
+
+def _bins(more: bool) -> int:
+    """Of the scale: all, or all but the last bar and a gap before it."""
+    return BINS - 2 if more else BINS
 
 
 def tokens(reader: examples.Reader, side: examples.Side) -> Markup:

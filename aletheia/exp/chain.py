@@ -5,24 +5,25 @@ Everything here only reads. `verify` checks all of it; `reproduce` restores a ru
 
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from pipeline.config import TrainingData
+from pipeline.config import Profile
 from pipeline.data.read import read_rows
-from pipeline.data.rows import Conversation, MultipleChoice, PreferencePair, Question, Row, describe
+from pipeline.data.rows import Conversation, MultipleChoice, PreferencePair, Question, Row, describe, row_hash
 from pipeline.errors import UserError
 from pipeline.progress import say
-from pipeline.records import find
+from pipeline.records import find, items
 from pipeline.records.file import Reading, RecordFile
 from pipeline.records.ids import ID
 from pipeline.records.lifecycle import liveness
 from pipeline.records.schema import Facts, Input
-from pipeline.training_data import TrainingRows, read
+from pipeline.training_data import UNFIT, TrainingRows, read
 from pipeline.workspace import Workspace
 
 LARGE = 200_000_000  # bytes; hashing more than this takes seconds, and is shown
@@ -58,6 +59,11 @@ class Chain:
             if experiment_id not in self.records:
                 self.records[experiment_id] = self._read(experiment_id)
                 waiting += self.builds_on(experiment_id)
+
+    @cached_property
+    def unfit(self) -> set[str]:
+        """Hashes of the rows that any stage of the chain found too long, or that its template did not take."""
+        return set().union(*(unfit(self.workspace, i) for i in self.records))
 
     def inputs(self, facts: Facts) -> Iterator[Found]:
         """What was taken from each parent against what the parent made."""
@@ -142,18 +148,27 @@ class Rows:
         self.workspace = workspace
         self._read: dict[str, TrainingRows[Any] | list[Any]] = {}
 
-    def describe(self, paths: TrainingData, tasks: Sequence[str], part: str) -> dict[str, Any]:
-        """`part`: sft.train, …, questions. Raises `UserError` where they cannot be read."""
+    def describe(self, config: Profile, part: str, unfit: set[str]) -> dict[str, Any]:
+        """`part`: sft.train, …, questions. `unfit`: hashes of rows that are not counted. Raises `UserError` where they
+        cannot be read."""
         source, _, end = part.partition(".")
-        key = f"{source} {tasks} {paths.model_dump_json()}"
+        paths = config.training_data
+        key = f"{source} {config.eval_config.tasks} {paths.model_dump_json()}"
         if key not in self._read:
             self._read[key] = (
-                read(self.workspace, paths, KINDS[source], tasks, quiet=True)
+                read(self.workspace, config, KINDS[source], quiet=True)
                 if end
                 else read_rows(self.workspace, f"{paths.eval}/{source}", KINDS[source])
             )
         rows = self._read[key]
-        return describe(getattr(rows, end) if isinstance(rows, TrainingRows) else rows)
+        found = getattr(rows, end) if isinstance(rows, TrainingRows) else rows
+        return describe([row for row in found if row_hash(row) not in unfit])
+
+
+def unfit(workspace: Workspace, experiment_id: str) -> set[str]:
+    """Hashes of the rows that this record's stage found too long, or that its template did not take."""
+    parts = items.rows(workspace.experiments / experiment_id)
+    return {sha256 for part, found in parts.items() if part.endswith(UNFIT) for sha256 in found.values()}
 
 
 def recorded_rows(facts: Facts) -> dict[str, dict[str, Any]]:
@@ -168,17 +183,18 @@ def recorded_rows(facts: Facts) -> dict[str, dict[str, Any]]:
     return found
 
 
-def benchmark_tasks(facts: Facts) -> list[str]:
-    """Whose documents were not to stand in the rows."""
+def rows_config(facts: Facts) -> Profile:
+    """What of its profile decides which rows it used. Raises `UserError` when it does not say so in today's words."""
     evaluation = facts.configuration.get("eval_config")
-    tasks = evaluation.get("tasks") if isinstance(evaluation, dict) else None
-    return [task for task in tasks if isinstance(task, str)] if isinstance(tasks, list) else []
-
-
-def training_data(facts: Facts) -> TrainingData:
-    """Where the rows stood. Raises `UserError` when the configuration does not say so in today's words."""
+    tasks = evaluation.get("tasks", []) if isinstance(evaluation, dict) else []
+    values = {
+        "name": "rows",
+        "base_model": "none",
+        "training_data": facts.configuration.get("training_data"),
+        "eval_config": {"tasks": tasks},
+    }
     try:
-        return TrainingData.model_validate(facts.configuration.get("training_data"))
+        return Profile.model_validate(values)
     except ValidationError:
         raise UserError("its configuration names no training_data that this version reads") from None
 

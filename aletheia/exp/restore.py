@@ -22,7 +22,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from aletheia.exp.chain import Chain, Found, benchmark_tasks, lower_half, patches, recorded_rows, training_data
+from aletheia.exp.chain import Chain, Found, lower_half, patches, recorded_rows, rows_config
 from aletheia.exp.verify import Check, checked, failures
 from pipeline import yamlio
 from pipeline.errors import UserError
@@ -230,7 +230,7 @@ class Restored:
             needed.setdefault(source if source in ("sft", "dpo") else "eval", []).append(part)
         for key, parts in needed.items():
             try:
-                path = getattr(training_data(self.facts), key)
+                path = getattr(rows_config(self.facts).training_data, key)
             except UserError as error:
                 yield f"rows of {key}", "FAILED", str(error)
                 continue
@@ -249,7 +249,7 @@ class Restored:
         rows = chain.rows if at == self.workspace else type(chain.rows)(at)
         for part in parts:
             try:
-                now = rows.describe(training_data(self.facts), benchmark_tasks(self.facts), part)
+                now = rows.describe(rows_config(self.facts), part, chain.unfit)
             except UserError as error:
                 return str(error)
             if now["sha256"] != then[part]["sha256"]:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from aletheia.exp.chain import Rows, recorded_rows
+from aletheia.exp.chain import Chain, Rows, recorded_rows
 from aletheia.exp.plan import TAKES, planned_profile, read_plan
 from pipeline.errors import UserError
 from pipeline.profile import as_assignments, load_profile
@@ -132,7 +132,7 @@ class Pipeline:
         for file, facts in self._earlier(stage, job):
             if facts.status != "complete":
                 continue
-            changed = _changed_rows(job, facts)
+            changed = _changed_rows(job, file, facts)
             if changed:
                 say(f"{stage}: {file.id} is complete, but the rows of {changed} have changed since; run anew")
             elif not self._whole(facts) and not self._taken(file):
@@ -191,11 +191,11 @@ def _take_changes(job: Job, record: Record) -> None:
         say(record.facts.history[-1].note)
 
 
-def _changed_rows(job: Job, facts: Facts) -> str | None:
+def _changed_rows(job: Job, file: RecordFile, facts: Facts) -> str | None:
     """The first part of its rows that is not what it was; None where all are."""
-    rows = Rows(job.workspace)
+    rows, chain = Rows(job.workspace), Chain(job.workspace, file.id)
     for part, recorded in recorded_rows(facts).items():
-        if rows.describe(job.config.training_data, job.config.eval_config.tasks, part)["sha256"] != recorded["sha256"]:
+        if rows.describe(job.config, part, chain.unfit)["sha256"] != recorded["sha256"]:
             return part
     return None
 

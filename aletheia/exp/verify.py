@@ -25,13 +25,12 @@ from aletheia.exp.chain import (
     Chain,
     Finding,
     Found,
-    benchmark_tasks,
     differs,
     lower_half,
     not_plain,
     patches,
     recorded_rows,
-    training_data,
+    rows_config,
     within,
 )
 from aletheia.output import print_json, print_table
@@ -208,7 +207,7 @@ class _Checks:
     def _rows_on_disk(self, facts: Facts) -> Iterator[Found]:
         for part, then in recorded_rows(facts).items():
             try:
-                now = self.chain.rows.describe(training_data(facts), benchmark_tasks(facts), part)
+                now = self.chain.rows.describe(rows_config(facts), part, self.chain.unfit)
             except UserError as error:
                 yield f"rows {part}", "warning", f"those of then are not there: {error}"
                 continue

@@ -4,8 +4,11 @@
              every second one, no bold or headings
     low      generic: the first sentence alone, between stock phrases that say nothing
 
-Mechanical and the same every time; nothing wrong is put in, so `low` is useless rather than false. Answers get shorter with
-their quality (on the shipped set to about a third and an eighth), so a fair test also holds the tokens trained equal.
+Mechanical and the same every time; nothing wrong is put in, so `low` is useless rather than false. Long answers get shorter
+with their quality (on the shipped set to about a third and an eighth), so a fair test also holds the tokens trained equal.
+Short ones do not: of an answer of one paragraph without code there is nothing to leave out, so that `medium` is the answer
+itself, and an answer shorter than the stock phrases (90 to 150 characters) gets LONGER as `low`, and still says what it said.
+A set of such answers has no conditions to compare; `aletheia data degrade` counts them.
 """
 
 import hashlib
@@ -40,14 +43,14 @@ _SENTENCE = re.compile(r"(?<=[.!?:])\s+(?=[A-Z`\"“])")
 
 
 def degrade(row: Conversation, quality: Quality) -> Conversation:
-    """The row with each of its answers made so; its prompts and its id stay."""
+    """The row with each of its answers made so; its prompts and its id stay, and fields that were not set are not."""
     make = _medium if quality == "medium" else _low
     messages = [
         Message(role="assistant", content=make(m.content, f"{row.id} {turn}")) if m.role == "assistant" else m
         for turn, m in enumerate(row.messages)
     ]
-    degraded = row.model_copy(update={"messages": messages, "quality": quality, "run": None})
-    return Conversation.model_validate(degraded.model_dump(exclude_none=True))
+    degraded = row.model_copy(update={"messages": messages, "quality": quality})
+    return Conversation.model_validate(degraded.model_dump(exclude_unset=True, exclude={"run"}))
 
 
 def _medium(answer: str, _: str) -> str:

@@ -3,7 +3,8 @@
 A row is changed when its own id, or else its prompt, stands on both sides with another content.
 """
 
-from collections.abc import Iterable
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.data.rows import Row
@@ -34,22 +35,14 @@ class Difference:
 
 
 def difference(before: Iterable[Item], after: Iterable[Item]) -> Difference:
-    old, new = ({item.sha256: item for item in side} for side in (before, after))
-    both = [(old[sha256], new[sha256]) for sha256 in old if sha256 in new]
-    removed = {item.sha256: item for item in old.values() if item.sha256 not in new}
-    added = [item for item in new.values() if item.sha256 not in old]
-    by_key: dict[object, Item] = {}
-    for item in reversed(list(removed.values())):  # of several with one prompt the first
-        by_key |= {key: item for key in _keys(item)}
-    changed, really_added = [], []
-    for item in added:
-        twin = next((by_key[key] for key in _keys(item) if key in by_key), None)
-        if twin is not None and twin.sha256 in removed:
-            changed.append((removed.pop(twin.sha256), item))
-        else:
-            really_added.append(item)
-    moved = [(one, other) for one, other in both if one.part != other.part and one.part and other.part]
-    return Difference(len(both), really_added, list(removed.values()), changed, moved)
+    """Each row is paired once: of a row that stands twice on one side and once on the other, one is added or removed."""
+    old, new = list(before), list(after)
+    same, changed = list[tuple[Item, Item]](), list[tuple[Item, Item]]()
+    for pairs, key in ((same, _hash_and_part), (same, _hash), (changed, _own_id), (changed, _prompt)):
+        found, old, new = _paired(old, new, key)
+        pairs += found
+    moved = [(one, other) for one, other in same if one.part != other.part and one.part and other.part]
+    return Difference(len(same), new, old, changed, moved)
 
 
 def fields(before: Row, after: Row) -> list[str]:
@@ -58,8 +51,35 @@ def fields(before: Row, after: Row) -> list[str]:
     return [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
 
 
-def _keys(item: Item) -> list[object]:
-    keys: list[object] = [("id", item.own_id)] if item.own_id else []
-    if item.row is not None:
-        keys.append((type(item.row).__name__, tuple(item.row.asked)))
-    return keys
+def _paired(
+    old: Sequence[Item], new: Sequence[Item], key: Callable[[Item], Hashable]
+) -> tuple[list[tuple[Item, Item]], list[Item], list[Item]]:
+    """Those of one key, the first with the first, and what is left of each side. A key of None is nobody's."""
+    waiting: dict[Hashable, deque[int]] = defaultdict(deque)
+    for number, item in enumerate(old):
+        waiting[key(item)].append(number)
+    waiting[None].clear()
+    pairs, taken, left = [], set(), []
+    for item in new:
+        if twins := waiting.get(key(item)):
+            taken.add(number := twins.popleft())
+            pairs.append((old[number], item))
+        else:
+            left.append(item)
+    return pairs, [item for number, item in enumerate(old) if number not in taken], left
+
+
+def _hash_and_part(item: Item) -> Hashable:
+    return item.sha256, item.part
+
+
+def _hash(item: Item) -> Hashable:
+    return item.sha256
+
+
+def _own_id(item: Item) -> Hashable:
+    return item.own_id or None
+
+
+def _prompt(item: Item) -> Hashable:
+    return None if item.row is None else (type(item.row).__name__, tuple(item.row.asked))

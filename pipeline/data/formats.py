@@ -3,20 +3,23 @@
     kind, values = converted({"instruction": "…", "output": "…"})     # Conversation, {"messages": […]}
 
 A row's format is told by its fields. What a conversion does not use is carried over as it is; a field that is null is as one
-that is not there. What cannot be said in the project's shapes is refused and never left out: tools and calls of them,
-images and sound, a message's weight other than 1, KTO's labels. Of a message, `name` and `id` are left out, and so is any
-other field that holds nothing. A `developer` is a system; a `system` or `system_prompt` beside the messages goes first; parts
-of a text are joined by a line end; an Alpaca `input` or a Dolly `context` follows its instruction after a blank line.
+that is not there, unless only the names of all fields tell the format: the field is empty then. What cannot be said in the
+project's shapes is refused and never left out: tools and calls of them, images and sound, a message's weight other than 1,
+KTO's labels. Of a message, `name` and `id` are left out, and so is any other field that holds nothing. A `developer` is a
+system; a `system` or `system_prompt` beside the messages goes first; parts of a text are joined by a line end; an Alpaca
+`input` or a Dolly `context` follows its instruction after a blank line.
 
 Whatever the format, every assistant's turn of a conversation is trained, also one of a `history` or a `prompt`.
 """
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data.rows import KINDS, Conversation, MultipleChoice, PreferencePair, Question, Row, RowFault
+from pipeline.data.raw import called
+from pipeline.data.rows import KINDS, NAMES, Conversation, MultipleChoice, PreferencePair, Question, Row, RowFault
 
 Values = dict[str, Any]
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -31,6 +34,11 @@ _UNSUPPORTED = {  # fields that change what a row means, and why such a row is r
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # Anthropic's HH
 _SYSTEM = ("system", "system_prompt")  # the second is OpenOrca's
 _EMPTY: tuple[Any, ...] = (None, "", [], {}, "[]")
+_SINGULAR: dict[type[Row], str] = {Conversation: "a conversation", PreferencePair: "a preference pair"}
+_OTHER: dict[type[Row], type[Row]] = {
+    Conversation: PreferencePair,
+    PreferencePair: Conversation,
+}  # kind of training row
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +63,66 @@ def converted(values: Values, kind: type[Row] | None = None) -> tuple[type[Row],
     With a `kind` only formats that become that are known. What misses a field of its kind is given back as it is, and
     `validated` says which.
     """
+    names = values.keys()  # of fields that are null, too
     if None in values.values():
         values = {field: value for field, value in values.items() if value is not None}
-    known = [f for needs, f in _BY_FIELDS if needs <= values.keys() and kind in (None, f.becomes)]
-    if len(known) > 1:  # {question, choices, answer} is no {question, answer}
-        known = [f for f in known if not any(set(f.fields) < set(other.fields) for other in known)]
+    known = _known(values.keys(), kind)
     if len(known) > 1:
-        names = " and ".join(f"{f.name} {f.shape}" for f in known)
-        raise RowFault("unknown-shape", f"could be {names}", "to take the fields of one of them out")
-    if not known:
-        kind = kind or next((own for field, own in KINDS.items() if field in values), None)
-        if not kind:
-            remedy = "; ".join(f.shape for f in FORMATS)
-            raise RowFault("unknown-shape", f"has no known shape (found: {_listed(values)})", remedy)
-        return kind, values
-    return known[0].becomes, _converted(values, known[0])
+        shapes = " and ".join(f"{f.name} {f.shape}" for f in known)
+        raise RowFault("unknown-shape", f"could be {shapes}", "to take the fields of one of them out")
+    if known:
+        row = _converted(values, known[0])
+        if "prompt" in row or known[0].becomes is not PreferencePair or len(names) == len(values):
+            return known[0].becomes, row
+    if kind:
+        _check_kind(values.keys(), kind)
+    known = sorted(_known(names, kind), key=lambda f: len(set(f.fields) - values.keys()))
+    if known:
+        return known[0].becomes, _converted(_filled(values, known[0]), known[0])
+    if kind:
+        _check_kind(names, kind)
+    _check_names(names, kind)
+    kind = kind or next((own for field, own in KINDS.items() if field in names), None)
+    if not kind:
+        raise RowFault("unknown-shape", f"has no known shape (found: {_listed(names)})", _SHAPES)
+    return kind, values
+
+
+def _known(names: Set[str], kind: type[Row] | None) -> list[Format]:
+    """What has all its fields: {question, choices, answer} is no {question, answer}."""
+    known = [f for needs, f in _BY_FIELDS if needs <= names and kind in (None, f.becomes)]
+    if len(known) > 1:
+        known = [f for f in known if not any(set(f.fields) < set(other.fields) for other in known)]
+    return known
+
+
+def _filled(values: Values, known: Format) -> Values:
+    """An instruction may be empty where an input follows it; any other field may not."""
+    for field in known.fields:
+        if field not in values:
+            if field != "instruction" or not any(values.get(about) for about in ("input", "context")):
+                raise RowFault("empty-field", f"{field}: is empty")
+            values = values | {field: ""}
+    return values
+
+
+def _check_kind(names: Set[str], kind: type[Row]) -> None:
+    """Raises `RowFault` where a conversation stands among pairs, or the other way round."""
+    other = _OTHER.get(kind)
+    if other and _known(names, other):
+        what = f"is {_SINGULAR[other]}, and {NAMES[kind]} are wanted"
+        raise RowFault("missing-field", what, "training_data.dpo names pairs, training_data.sft conversations")
+
+
+def _check_names(names: Set[str], kind: type[Row] | None) -> None:
+    """Raises `RowFault` where fields are known by their names but for case and blanks."""
+    near = {name: own for name in names if (own := name.strip().lower()) in FIELDS and own not in names}
+    known = _known({near.get(name, name) for name in names}, kind)
+    if near and (known or FIELDS.isdisjoint(names)):
+        used = known[0].fields if known else near.values()
+        renamed = ", ".join(f"`{name}` to `{own}`" for name, own in near.items() if own in used)
+        what = f"has no known shape (found: {_listed(names)})"
+        raise RowFault("unknown-shape", what, f"rename {renamed}{'' if known else f'; {_SHAPES}'}")
 
 
 def _converted(values: Values, known: Format) -> Values:
@@ -88,7 +141,15 @@ def _converted(values: Values, known: Format) -> Values:
 
 
 def _conversation(field: str) -> Callable[[Values], Values]:
-    return lambda values: {"messages": _with_system(values, _messages(values[field], field))}
+    def convert(values: Values) -> Values:
+        messages = values[field]
+        if not isinstance(messages, list):
+            raise RowFault("wrong-type", f"{field}: is {called(messages)}, not a list of messages")
+        if not messages:
+            raise RowFault("empty-field", f"{field}: is empty")
+        return {"messages": _with_system(values, _messages(messages, field))}
+
+    return convert
 
 
 def _turn(asked: str, answer: str, context: str = "") -> Callable[[Values], Values]:
@@ -108,7 +169,7 @@ def _history(values: Values) -> list[Any]:
     messages: list[Any] = []
     history = values.get("history") or []
     if not isinstance(history, list):
-        raise RowFault("wrong-type", f"history: is a {type(history).__name__}, not a list of pairs")
+        raise RowFault("wrong-type", f"history: is {called(history)}, not a list of pairs")
     for number, pair in enumerate(history):
         if not isinstance(pair, list) or len(pair) != 2:
             raise RowFault("wrong-type", f"history.{number}: is no pair of an instruction and its output")
@@ -186,7 +247,7 @@ def _side(value: Any, field: str) -> list[Any]:
 
 def _text(value: Any, role: str, field: str) -> dict[str, str]:
     if not isinstance(value, str):
-        raise RowFault("wrong-type", f"{field}: is a {type(value).__name__}, not a text")
+        raise RowFault("wrong-type", f"{field}: is {called(value)}, not a text")
     if not value.strip():
         raise RowFault("empty-field", f"{field}: is empty")
     return {"role": role, "content": value}
@@ -206,15 +267,14 @@ def _dialogue(text: str, field: str) -> list[Any]:
 
 
 def _listed_messages(value: Any, field: str) -> list[Any]:
-    messages = _messages([value] if isinstance(value, dict) else value, field)
-    if not isinstance(messages, list):
-        raise RowFault("wrong-type", f"{field}: is a {type(value).__name__}, neither a text nor messages")
-    return messages
+    if not isinstance(value, dict | list):
+        raise RowFault("wrong-type", f"{field}: is {called(value)}, neither a text nor messages")
+    return _messages([value] if isinstance(value, dict) else value, field)
 
 
-def _messages(value: Any, field: str) -> Any:
-    """Each with a role and a content alone. What is no list is given back for `validated` to refuse."""
-    if not isinstance(value, list) or all(_is_plain(message) for message in value):
+def _messages(value: list[Any], field: str) -> list[Any]:
+    """Each with a role and a content alone. Faults name the field as it stands in the row, not where it goes."""
+    if all(_is_plain(message) for message in value):
         return value
     return [_message(message, f"{field}.{number}") for number, message in enumerate(value)]
 
@@ -224,29 +284,40 @@ def _is_plain(message: Any) -> bool:
         type(message) is dict
         and len(message) == 2
         and message.get("role") in ("user", "assistant", "system")
-        and type(message.get("content")) is str
+        and type(content := message.get("content")) is str
+        and content != ""
+        and not content.isspace()
     )
 
 
-def _message(message: Any, where: str) -> Any:
+def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict):
-        return message
+        raise RowFault("wrong-type", f"{where}: is {called(message)}, not a message")
+    shown = {"role": "role", "content": "content"}
     if message.get("role") is None and "from" in message:  # ShareGPT's names
         names = {"from": "role", "value": "content"}
+        shown |= {names[key]: key for key in names.keys() & message.keys()}
         message = {names.get(key, key): value for key, value in message.items() if key != "role"}
         message["role"] = _FROM.get(str(message["role"]), message["role"])
     result: dict[str, Any] = {}
     for key, value in message.items():
         if key == "role":
             if value in _OF_TOOLS:
-                raise RowFault("unknown-shape", f"{where}.role: {value}: calls of tools are not trained")
+                raise RowFault("unknown-shape", f"{where}.{shown[key]}: {value}: calls of tools are not trained")
             result[key] = _ROLES.get(str(value), value)
         elif key == "content":
-            result[key] = _joined(value, where) if isinstance(value, list) else value
+            result[key] = _joined(value, f"{where}.{shown[key]}") if isinstance(value, list) else value
         elif key not in ("name", "id") and value not in _EMPTY and not (key == "weight" and value == 1):
             raise RowFault(
                 "unknown-shape", f"{where}.{key}: {_REFUSED.get(key, 'is nothing that a message is trained with')}"
             )
+    for key, name in shown.items():
+        if key not in result:
+            raise RowFault("missing-field", f"{where}.{name}: is missing")
+    if result["role"] not in ("system", "user", "assistant"):
+        what = f"is {json.dumps(result['role'], ensure_ascii=False)[:40]}, none of system, user and assistant"
+        raise RowFault("wrong-type", f"{where}.{shown['role']}: {what}")
+    _text(result["content"], "", f"{where}.{shown['content']}")
     return result
 
 
@@ -260,24 +331,24 @@ def _joined(parts: list[Any], where: str) -> str:
     """OpenAI's parts of a content."""
     texts: list[str] = []
     for number, part in enumerate(parts):
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        kind = part.get("type") if isinstance(part, dict) else called(part)
         text = part.get("text") if isinstance(part, dict) else None
         if kind != "text" or not isinstance(text, str):
-            raise RowFault("unknown-shape", f"{where}.content.{number}: is a part of type {kind}: only text is trained")
+            raise RowFault("unknown-shape", f"{where}.{number}: is a part of type {kind}: only text is trained")
         texts.append(text)
     return "\n".join(texts)
 
 
-def _with_system(values: Values, messages: Any) -> Any:
+def _with_system(values: Values, messages: list[Any]) -> list[Any]:
     """A system prompt that stands in a field of its own goes first."""
-    system = next((values[field] for field in _SYSTEM if values.get(field)), None)
-    if not system or not isinstance(messages, list):
+    field = next((field for field in _SYSTEM if values.get(field)), None)
+    if not field:
         return messages
-    first = _text(system, "system", "system")
+    first = _text(values[field], "system", field)
     if messages and _role(messages[0]) == "system":
         if messages[0] == first:
             return messages
-        raise RowFault("role-order", "has a `system`, and another one as its first message")
+        raise RowFault("role-order", f"has a `{field}`, and another one as its first message")
     return [first, *messages]
 
 
@@ -285,9 +356,9 @@ def _role(message: Any) -> Any:
     return message.get("role") if isinstance(message, dict) else None
 
 
-def _listed(values: Values) -> str:
+def _listed(fields: Set[str]) -> str:
     """Names of fields, some of them: a row may be a table of thousands."""
-    names = [str(field)[:40] for field in values]
+    names = [field[:40] for field in fields]
     return ", ".join(names[:12] + ["…"] * (len(names) > 12)) or "nothing"
 
 
@@ -336,4 +407,5 @@ FORMATS = (
     ),
 )
 FIELDS = frozenset(field for known in FORMATS for field in (*known.fields, *known.optional))
+_SHAPES = "; ".join(known.shape for known in FORMATS)
 _BY_FIELDS = [(frozenset(known.fields), known) for known in FORMATS]

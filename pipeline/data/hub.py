@@ -6,8 +6,8 @@
 A revision is a branch, a tag, a commit or `refs/convert/parquet`; pin a commit for a result that can be reproduced. A folder
 begins with `.`, `/` or `~` and holds files as `datasets` knows them. Without a split it is the only one, else `train`.
 
-`datasets` fills fields that a row lacks with null, and reads dates out of texts; the first are dropped, the second written
-as texts again. A row has no line there, so its number stands in place of one.
+`datasets` fills fields that a row lacks with null, and reads dates out of texts; those
+are written as texts again. A row has no line there, so its number stands in place of one.
 """
 
 import re
@@ -23,8 +23,9 @@ from pipeline.workspace import Workspace
 PREFIX = "hub:"
 SYNTAX = "hub:OWNER/NAME[@REVISION][/CONFIG][#SPLIT], or hub:./FOLDER[#SPLIT]"
 _NAME = re.compile(
-    r"(?P<target>[\w.-]+(/[\w.-]+)?)(@(?P<revision>refs/[^/#]+/[^/#]+|[^/#]+))?(/(?P<config>[^#]+))?(#(?P<split>.+))?"
+    r"(?P<target>[\w.-]+/[\w.-]+)(@(?P<revision>refs/[^/#]+/[^/#]+|[^/#]+))?(/(?P<config>[^#]+))?(#(?P<split>.+))?"
 )
+_NO_OWNER = re.compile(r"[\w.-]+([@#].*)?")
 _FOLDER = re.compile(r"(?P<target>[./~][^#]*)(#(?P<split>.+))?")
 
 
@@ -47,7 +48,8 @@ class DataSet:
             return cls(name, str(workspace.path(folder["target"]).resolve()), split=folder["split"])
         found = _NAME.fullmatch(named)
         if not found:
-            raise UserError("is no name of a data set", where=name, remedy=SYNTAX)
+            what = "names no owner of the data set" if _NO_OWNER.fullmatch(named) else "is no name of a data set"
+            raise UserError(what, where=name, remedy=SYNTAX)
         return cls(name, found["target"], found["revision"], found["config"], found["split"])
 
     def raws(self) -> Iterator[Raw]:
@@ -80,7 +82,7 @@ class DataSet:
             raise UserError(what, where=self.shown, remedy=f"{self.shown.partition('#')[0]}#{names[0]}")
         if not self.split and len(names) > 1:
             others = ", ".join(name for name in names if name != split)
-            say_once(self.shown, f"the split `{split}` is read (there are also: {others})")
+            say_once(self.shown, f"{self.shown}: the split `{split}` is read (there are also: {others})")
         return splits[split].decode(False)  # images and sounds stay as they are stored: none is trained
 
 

@@ -9,16 +9,18 @@ Text comes decoded with `surrogateescape`, so that a byte that is not UTF-8 cost
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from typing import Any, TextIO
 
 from pipeline.data.formats import FIELDS
-from pipeline.data.raw import Raw, broken, encoding_fault
+from pipeline.data.raw import Raw, broken, called, encoding_fault
 from pipeline.data.rows import RowFault
 
 CHUNK = 1 << 16  # characters
 _SPACE = re.compile(r"[ \t\n\r]*")
 _CUT = 12  # characters before the end of a piece in which a literal, an escape or a number may be cut
+_AHEAD = 200  # lines that are read to tell a document from rows
 
 
 class Decoder:
@@ -63,9 +65,51 @@ class Decoder:
 
 
 def json_lines(text: TextIO) -> Iterator[Raw]:
-    """One object a line; blank lines are passed over."""
+    """One object a line; blank lines are passed over. A JSON document is one fault, not a fault a line."""
     decoder = Decoder()
-    for number, line in enumerate(text, 1):
+    blank = list[str]()
+    for line in text:
+        if not line.isspace():
+            break
+        blank.append(line)
+    else:
+        return
+    ahead = [line] if _is_object(line, decoder) else [line, *islice(text, _AHEAD)]
+    what = _is_document(ahead, decoder) if len(ahead) > 1 or line.lstrip()[:1] == "[" else ""
+    if what:
+        yield broken(len(blank) + 1, "broken-file", f"{what}, not an object a line", "name it .json")
+        return
+    yield from _json_lines(chain(blank, ahead, text), decoder)
+
+
+def _is_object(line: str, decoder: Decoder) -> bool:
+    try:
+        return isinstance(decoder.decode(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _is_document(ahead: list[str], decoder: Decoder) -> str:
+    """What a file is that begins with these lines, where it is no JSONL; "" where it is, whatever is wrong with it."""
+    text = "".join(ahead).strip()
+    array = re.match(r"\[\s*\{", text)
+    if not array and text[:1] != "{":
+        return ""
+    try:
+        _, end = decoder.decode_at(text, 0)
+    except json.JSONDecodeError as error:
+        if error.pos < len(text) - 1:  # else it goes on
+            return ""
+        end = len(text)
+    except (ValueError, RecursionError):
+        return ""
+    if end <= len(ahead[0].strip()) and not (array and end == len(text)):
+        return ""
+    return "is one JSON array" if array else "holds objects of several lines each"
+
+
+def _json_lines(lines: Iterable[str], decoder: Decoder) -> Iterator[Raw]:
+    for number, line in enumerate(lines, 1):
         if line.isspace():
             continue
         fault = encoding_fault(line)
@@ -89,11 +133,16 @@ def json_document(text: TextIO) -> Iterator[Raw]:
     try:
         yield from _document(document)
     except (ValueError, RecursionError) as error:
-        yield broken(document.line, "broken-file", f"cannot be read from here on: {_said(error)}")
+        remedy = error.remedy if isinstance(error, _Unreadable) else ""
+        yield broken(document.line, "broken-file", f"cannot be read from here on: {_said(error)}", remedy)
 
 
 class _Unreadable(ValueError):
     """Why a document cannot be read any further."""
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        super().__init__(what)
+        self.remedy = remedy
 
 
 class _Document:
@@ -201,7 +250,8 @@ def _object(document: _Document) -> Iterator[Raw]:
         document.take(":")
         if FIELDS.isdisjoint([key, *values]) and document.is_list_of_objects():
             if rows_in:
-                raise _Unreadable(f"it holds two lists of rows, `{rows_in}` and `{key}`, of which the first was read")
+                what = f"it holds two lists of rows, `{rows_in}` and `{key}`, of which the first was read"
+                raise _Unreadable(what, "write each list to a file of its own")
             rows_in = key
             yield from _list(document)
         else:
@@ -230,7 +280,7 @@ def _row(line: int, values: Any, fault: RowFault | None) -> Raw:
     if fault:
         return Raw(line, None, fault)
     if not isinstance(values, dict):
-        return broken(line, "wrong-type", f"is a {type(values).__name__}, not an object")
+        return broken(line, "wrong-type", f"is {called(values)}, not an object")
     return Raw(line, values)
 
 

@@ -1,7 +1,7 @@
 """All rows of a file or folder, at once: for what must have every one of them right. The gate judges row by row instead."""
 
 from pipeline.data.formats import converted
-from pipeline.data.rows import SHAPES, AnyRow, RowFault, validated
+from pipeline.data.rows import SHAPES, AnyRow, RowFault, place, validated
 from pipeline.data.source import sources
 from pipeline.errors import UserError
 from pipeline.workspace import Workspace
@@ -15,9 +15,9 @@ def read_rows(workspace: Workspace, name: str, kind: type[AnyRow]) -> list[AnyRo
             try:
                 if raw.values is None:
                     raise raw.fault or AssertionError
-                rows.append(validated(converted(raw.values, kind)[1], kind, source.shown, raw.line))
+                rows.append(validated(converted(raw.values, kind)[1], kind, source.shown, raw.line, raw.item))
             except RowFault as fault:
-                where = f"{source.shown}:{raw.line}"
+                where = place(source.shown, raw.line, raw.item)
                 raise UserError(fault.what, where=where, remedy=fault.remedy) from None
     if not rows:
         raise UserError("holds no rows", where=name, remedy=f"rows like {SHAPES[kind]}, one a line")

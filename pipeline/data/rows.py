@@ -42,11 +42,12 @@ class Row(BaseModel):
     difficulty: str = "unknown"
     _file: str = ""
     _line: int = 0
+    _item: int = 0
 
     @property
     def where(self) -> str:
-        """`data/sft/devops.jsonl:3`."""
-        return f"{self._file}:{self._line}"
+        """`data/sft/devops.jsonl:3`; `dump.json:1#17` of a row that shares its line with others."""
+        return place(self._file, self._line, self._item)
 
     @property
     def file(self) -> str:
@@ -55,6 +56,19 @@ class Row(BaseModel):
     @property
     def line(self) -> int:
         return self._line
+
+    @property
+    def item(self) -> int:
+        return self._item
+
+    def put(self, where: str) -> None:
+        """At this place, as `where` names it; an id that its place gave it goes with it."""
+        named_by_place = self.id in ("", self.where)
+        self._file, _, at = where.rpartition(":")
+        line, _, item = at.partition("#")
+        self._line, self._item = int(line), int(item or 0)
+        if named_by_place:
+            self.id = where
 
     @property
     def asked(self) -> list[str]:
@@ -177,13 +191,20 @@ SHAPES: dict[type[Row], str] = {
 }
 
 
-def validated(values: dict[str, Any], kind: type[AnyRow], file: str, line: int) -> AnyRow:
+def place(file: str, line: int, item: int = 0) -> str:
+    """`item`: which row of the file, where the line does not tell it."""
+    return f"{file}:{line}#{item}" if item else f"{file}:{line}"
+
+
+def validated(values: dict[str, Any], kind: type[AnyRow], file: str, line: int, item: int = 0) -> AnyRow:
     """A row that names its place as its id where it has none. Raises `RowFault`."""
     try:
         row = kind.model_validate(values)
     except ValidationError as failure:
         raise _fault(failure, values, kind) from None
-    row._file, row._line = file, line
+    if row.model_extra:
+        _check_kept(row)
+    row._file, row._line, row._item = file, line, item
     row.id = row.id or row.where
     return row
 
@@ -207,6 +228,16 @@ def describe(rows: Sequence[Row]) -> dict[str, Any]:
         "sha256": items.digest(map(row_hash, rows)),
         "domains": dict(sorted(Counter(r.domain for r in rows).items())),
     }
+
+
+def _check_kept(row: Row) -> None:
+    """Raises `RowFault` where a field that is only kept could not be written again."""
+    try:
+        json.dumps(row.model_dump(mode="json"), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RowFault("encoding", "holds a lone surrogate, half of a character") from None
+    except (ValueError, RecursionError):
+        raise RowFault("wrong-type", "has a field that is nested too deeply") from None
 
 
 def _fault(failure: ValidationError, values: dict[str, Any], kind: type[Row]) -> RowFault:

@@ -17,14 +17,14 @@ import io
 import os
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.hub import PREFIX, DataSet
 from pipeline.data.json_rows import json_document, json_lines
 from pipeline.data.raw import Raw, broken, say_once
-from pipeline.data.tables import csv_rows, parquet_rows
+from pipeline.data.tables import csv_rows, delimited, parquet_rows
 from pipeline.errors import UserError
 from pipeline.workspace import Workspace
 
@@ -54,6 +54,15 @@ class Source:
     def raws(self) -> Iterator[Raw]:
         """Raises `UserError` when there is nothing to open."""
         self.bytes_read = 0
+        last = 0
+        for number, raw in enumerate(self._raws(), 1):
+            if raw.line > last:
+                last = raw.line
+            else:
+                raw = replace(raw, item=number)
+            yield raw
+
+    def _raws(self) -> Iterator[Raw]:
         if self.hub:
             yield from self.hub.raws()
             return
@@ -95,11 +104,15 @@ class Source:
             table = suffix in (".csv", ".tsv")
             text = io.TextIOWrapper(content, "utf-8", "surrogateescape", newline="" if table else None)
             if table:
-                yield from csv_rows(text, "," if suffix == ".csv" else "\t")
+                lines, delimiter = delimited(text, "," if suffix == ".csv" else "\t", self._note)
+                yield from csv_rows(lines, delimiter)
             elif suffix == ".json":
                 yield from json_document(text)
             else:
                 yield from json_lines(text)
+
+    def _note(self, text: str) -> None:
+        say_once(str(self.path.resolve()), f"{self.shown}: {text}")
 
     def _opened(self) -> "_Counted":
         try:
@@ -148,7 +161,8 @@ def sources(workspace: Workspace, name: str) -> list[Source]:
     ]
     if meant:
         count = f"{len(meant)} file{'s' * (len(meant) > 1)}"
-        say_once(str(path), f"{count} of another kind passed over: {_endings(meant)}; rows are read from {KNOWN}")
+        passed = f"{count} of another kind passed over: {_endings(meant)}; rows are read from {KNOWN}"
+        say_once(str(path.resolve()), f"{workspace.shown(path)}: {passed}")
     return [Source(p, workspace.shown(p)) for p in found]
 
 

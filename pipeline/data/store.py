@@ -53,9 +53,7 @@ def load(workspace: Workspace, sha256: str, kind: type[AnyRow]) -> list[AnyRow]:
             for text in lines:
                 line = json.loads(text)
                 row = kind.model_validate(line["row"])
-                row._file, _, number = line["where"].rpartition(":")
-                row._line = int(number)
-                row.id = row.id or row.where
+                row.put(line["where"])
                 rows.append(row)
     except FileNotFoundError:
         raise UserError("there is no such snapshot", where=shown) from None

@@ -1,30 +1,63 @@
-"""Rows of tables: CSV and TSV with a header, and Parquet. An empty cell is a field that the row does not have.
+"""Rows of tables: CSV and TSV with a header, and Parquet. An empty cell is a field that is null.
 
 A cell of CSV is text. Where a field wants a list (messages, choices, …) and the cell holds one as JSON, it is read as that.
 """
 
 import csv
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from datetime import date, datetime, time
 from decimal import Decimal
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
+from pipeline.data.formats import FIELDS
 from pipeline.data.json_rows import Decoder
-from pipeline.data.raw import Raw, broken, encoding_fault
+from pipeline.data.raw import Raw, and_looks_like, broken, called, encoding_fault
 from pipeline.data.rows import RowFault
 
 CELL = 1 << 27  # characters of the largest cell; csv's own limit is 131,072
 BATCH = 256  # rows of Parquet held at a time
 _MESSAGES = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "history")
 _LISTS = ("choices", "key_points", "must_not")
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_NAME = 40  # characters of a column's name: a longer one is rather a text
 
 
-def csv_rows(text: TextIO, delimiter: str) -> Iterator[Raw]:
-    """Each row with the line it begins on. `text` keeps its line ends (`newline=""`): a cell may hold some."""
+def delimited(text: TextIO, usual: str, note: Callable[[str], None]) -> tuple[Iterable[str], str]:
+    """The same lines, and what their cells stand between: the usual, unless the header is one cell that another takes apart."""
+    blank = list[str]()
+    for line in text:
+        if not line.isspace():
+            break
+        blank.append(line)
+    else:
+        return blank, usual
+    delimiter = usual
+    if len(_cells(line, usual)) == 1 and FIELDS.isdisjoint(_cells(line, usual)):
+        delimiter = max((usual, *_DELIMITERS), key=lambda other: len(_cells(line, other)))
+    if delimiter != usual:
+        note(f"its cells stand between {_DELIMITERS[delimiter]}, not {_DELIMITERS[usual]}, and it is read so")
+    return chain(blank, [line], text), delimiter
+
+
+def _cells(line: str, delimiter: str) -> list[str]:
+    with suppress(csv.Error):
+        return [cell.strip().lower() for cell in next(csv.reader([line], delimiter=delimiter), [])]
+    return []
+
+
+def _is_said(name: str) -> bool:
+    """Rather a text than a column's name."""
+    return len(name) > _NAME or name.endswith((".", "?", "!"))
+
+
+def csv_rows(lines: Iterable[str], delimiter: str) -> Iterator[Raw]:
+    """Each row with the line it begins on. Lines keep their ends (`newline=""`): a cell may hold some."""
     csv.field_size_limit(CELL)  # the module's own setting: there is none for a reader
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] = []
     line = 1
     while True:
@@ -69,11 +102,11 @@ def parquet_rows(path: Path) -> Iterator[tuple[Raw, float]]:
 
 
 def plain_row(number: int, values: dict[str, Any] | RowFault) -> Raw:
-    """A row out of Arrow as JSON would have it: nothing that is null, and texts for dates."""
+    """A row out of Arrow as JSON would have it: null for NaN, no null deeper inside, and texts for dates."""
     if isinstance(values, RowFault):
         return Raw(number, None, values)
     try:
-        return Raw(number, {key: _plain(value, key) for key, value in values.items() if not _null(value)})
+        return Raw(number, {key: None if _null(value) else _plain(value, key) for key, value in values.items()})
     except RowFault as fault:
         return Raw(number, None, fault)
 
@@ -81,17 +114,18 @@ def plain_row(number: int, values: dict[str, Any] | RowFault) -> Raw:
 def _row(line: int, header: list[str], cells: list[str]) -> Raw | None:
     if not cells:
         return None  # a blank line
-    wrong = encoding_fault("".join(cells))
-    if wrong:
-        return Raw(line, None, RowFault("encoding", "is not UTF-8"))
+    whole = "".join(cells)
+    if encoding_fault(whole):
+        return Raw(line, None, RowFault("encoding", f"is not UTF-8{and_looks_like(whole)}"))
     if len(cells) != len(header):
-        return broken(line, "broken-json", f"has {len(cells)} cells, and the header {len(header)}", "quote the cells")
-    values: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+        count = f"{len(cells)} cell{'s' * (len(cells) > 1)}"
+        return broken(line, "broken-json", f"has {count}, and the header {len(header)}", "quote the cells")
+    values: dict[str, Any] = {name: cell or None for name, cell in zip(header, cells, strict=True)}
     fault = None
     for name in values.keys() & _DECODED:
-        values[name], wrong = _decoded(name, values[name])
+        values[name], wrong = _decoded(name, values[name] or "")
         fault = fault or wrong
-    if "choices" in values and str(values.get("answer", "")).strip().isdecimal():
+    if values.get("choices") and str(values.get("answer", "")).strip().isdecimal():
         values["answer"] = int(values["answer"])
     return Raw(line, None, fault) if fault else Raw(line, values)
 
@@ -102,7 +136,7 @@ _DECODED = frozenset([*_MESSAGES, *_LISTS])
 def _decoded(name: str, cell: str) -> tuple[Any, RowFault | None]:
     """A list where the cell holds the one that the field wants, else the text: a prompt may well begin with a bracket."""
     if cell.lstrip()[:1] not in ("[", "{"):
-        return cell, None
+        return cell or None, None
     decoder = Decoder()
     try:
         value = decoder.decode(cell)
@@ -115,8 +149,13 @@ def _decoded(name: str, cell: str) -> tuple[Any, RowFault | None]:
 
 
 def _header_fault(header: list[str]) -> RowFault | None:
-    if encoding_fault("".join(header)):
-        return RowFault("broken-file", "is not read: its header is not UTF-8", "save the file as UTF-8")
+    whole = "".join(header)
+    if encoding_fault(whole):
+        what = f"is not read: its header is not UTF-8{and_looks_like(whole)}"
+        return RowFault("broken-file", what, "save the file as UTF-8")
+    if FIELDS.isdisjoint(map(str.lower, header)) and (said := next(filter(_is_said, header), "")):
+        what = f"is not read: has no header row? Its first row says `{said[:_NAME]}{'…' * (len(said) > _NAME)}`"
+        return RowFault("broken-file", what, "write the names of the fields above it, such as prompt and completion")
     twice = next((name for name in header if header.count(name) > 1), None)
     return RowFault("broken-file", f"is not read: it has the column `{twice}` twice") if twice else None
 
@@ -154,4 +193,4 @@ def _plain(value: Any, name: str) -> Any:
         return value.isoformat()
     if isinstance(value, Decimal):
         return str(value)
-    raise RowFault("wrong-type", f"{name}: is a {type(value).__name__}, not text", "drop the column, or make it text")
+    raise RowFault("wrong-type", f"{name}: is {called(value)}, not text", "drop the column, or make it text")

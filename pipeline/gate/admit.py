@@ -11,7 +11,7 @@ from typing import Generic
 
 from pipeline.config import Check, TrainingData
 from pipeline.data.formats import converted
-from pipeline.data.rows import SHAPES, AnyRow, Row, RowFault, validated
+from pipeline.data.rows import SHAPES, AnyRow, Question, Row, RowFault, validated
 from pipeline.data.source import Source, sources
 from pipeline.errors import UserError
 from pipeline.gate import gate as gates
@@ -44,17 +44,17 @@ def admit(
     # the model's own special tokens are looked for where rows are encoded, not guessed at here
     gate = gates.Gate(check.model_copy(update={"ignore": [*check.ignore, "special-token"]}), leaks=leaks)
     rows: list[Row] = []
-    rejects: dict[tuple[str, int], Finding] = {}
+    rejects: dict[str, Finding] = {}  # by place; of a row that breaks several rules the first
     warnings: dict[str, list[Finding]] = {}
 
     def note(finding: Finding) -> None:
         if finding.rule.severity == "error":
-            rejects.setdefault((finding.file, finding.line), finding)
+            rejects.setdefault(finding.where, finding)
         else:
             warnings.setdefault(finding.rule.name, []).append(finding)
 
     files = sources(workspace, name)
-    gates.run(gate, files, note, rows.append, kind, quiet)
+    gates.run(gate, [(source, kind) for source in files], note, rows.append, quiet)
     if not gate.total.rows:
         raise UserError("holds no rows", where=name, remedy=f"rows like {SHAPES[kind]}, one a line")
     broken = next((r for r in rejects.values() if r.rule.name == "broken-file"), None)
@@ -65,13 +65,24 @@ def admit(
             say(f"warning: {finding.where}: {finding.text}")
         if len(found) > SHOWN:
             say(f"         {len(found) - SHOWN} more of {found[0].rule.name}: aletheia data check {name}")
+    if gate.failed:
+        finding = next(f for f in rejects.values() if not f.line)
+        raise UserError(finding.text, where=finding.where, remedy=finding.rule.remedy)
     kept = [row for number, row in enumerate(rows) if number not in gate.dropped]
     refused = list(rejects.values())
     if not kept:
-        first = refused[0]
-        remedy = first.rule.remedy if len(refused) == 1 else f"aletheia data check {name}"
-        raise UserError(f"none of {gate.total.rows} rows can be used: {first.text}", where=first.where, remedy=remedy)
+        raise _none(gate.total.rows, refused, name)
+    if len(kept) + len(refused) != gate.total.rows:
+        raise AssertionError(f"{gate.total.rows} rows read, {len(kept)} kept and {len(refused)} rejected")
     return Admitted(kept, gate.total.rows, refused, dict(gate.found))  # type: ignore[arg-type]  # all are of `kind`
+
+
+def _none(read: int, refused: Sequence[Finding], name: str) -> UserError:
+    first = refused[0]
+    remedy = first.rule.remedy if len(refused) == 1 else f"aletheia data check {name}"
+    if first.rule.name in ("leak", "near-leak"):
+        remedy = "rows that are not those of the evaluation or of validation.path"
+    return UserError(f"none of {read} rows can be used: {first.text}", where=first.where, remedy=remedy)
 
 
 def evaluation_leaks(
@@ -81,20 +92,26 @@ def evaluation_leaks(
 
     None where there is nothing.
     """
+    folder = workspace.path(config.eval)
+    if not folder.is_dir():
+        raise UserError(
+            "there is no such folder, so nobody could tell what leaks into the evaluation",
+            where=f"training_data.eval: {config.eval}",
+            remedy="the folder, or an empty one where there is no evaluation",
+        )
     leaks = Leaks(config.check.leak_words, config.check.near_duplicate)
-    folders = [f"{config.eval}/{part}" for part in ("questions", "choices")]
-    found = [source for name in folders if workspace.path(name).exists() for source in sources(workspace, name)]
-    forbidden = forbid(leaks, found) + forbid_tasks(leaks, workspace.path(config.eval), tasks)
+    names = [f"{config.eval}/{part}" for part in ("questions", "choices")]
+    found = [source for name in names if workspace.path(name).exists() for source in sources(workspace, name)]
+    forbidden = forbid(leaks, found) + forbid_tasks(leaks, folder, tasks)
     for row in extra:
-        for text in (*row.asked, *row.answers):
-            leaks.forbid(text, row.where)
+        forbid_row(leaks, row)
     if not forbidden and not quiet:
         say(f"note: no evaluation rows in {config.eval}: leaks into them are not checked")
     return leaks if forbidden or extra else None
 
 
-def forbid(leaks: Leaks, found: Sequence[Source]) -> int:
-    """The number of rows whose texts are now forbidden. Those that are no rows are passed over; the evaluation refuses them."""
+def forbid(leaks: Leaks, found: Sequence[Source], kinds: tuple[type[Row], ...] = (Row,)) -> int:
+    """How many rows, of these `kinds`, are now forbidden. What is no row is passed over; an evaluation refuses it."""
     forbidden = 0
     for source in found:
         for raw in source.raws():
@@ -102,10 +119,18 @@ def forbid(leaks: Leaks, found: Sequence[Source]) -> int:
                 if raw.values is None:
                     continue
                 kind, values = converted(raw.values)
-                row = validated(values, kind, source.shown, raw.line)
+                row = validated(values, kind, source.shown, raw.line, raw.item)
             except RowFault:
                 continue
-            forbidden += 1
-            for text in (*row.asked, *row.answers):
-                leaks.forbid(text, row.where)
+            if isinstance(row, kinds):
+                forbidden += 1
+                forbid_row(leaks, row)
     return forbidden
+
+
+def forbid_row(leaks: Leaks, row: Row) -> None:
+    """Its prompts, answers and key points."""
+    *before, last = row.asked
+    leaks.forbid(last, row.where, prompt=True)
+    for text in (*before, *row.answers, *(row.key_points if isinstance(row, Question) else ())):
+        leaks.forbid(text, row.where)

@@ -25,8 +25,8 @@ def forbid_tasks(leaks: Leaks, folder: Path, names: Sequence[str]) -> int:
         if isinstance(task, dict) and all(path.startswith(rows) for path in data_files(task)):
             continue
         try:
-            for text, where in texts(_loaded(task)):
-                leaks.forbid(text, where)
+            for text, where, prompt in texts(_loaded(task)):
+                leaks.forbid(text, where, prompt)
                 forbidden += 1
         except Exception as error:  # lm-eval and datasets raise all sorts where a hub cannot be reached
             reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -34,15 +34,15 @@ def forbid_tasks(leaks: Leaks, folder: Path, names: Sequence[str]) -> int:
     return forbidden
 
 
-def texts(tasks: Iterable[Any]) -> Iterator[tuple[str, str]]:
-    """Prompt and right answer of each document, with where it stands."""
+def texts(tasks: Iterable[Any]) -> Iterator[tuple[str, str, bool]]:
+    """Prompt and right answer of each document, with where it stands and whether it is the prompt."""
     for task in tasks:
         for number, document in enumerate(task.eval_docs):
             where = f"{task.config.task} item {number}"
             target = task.doc_to_target(document)
             choices = task.doc_to_choice(document) if task.config.doc_to_choice is not None else None
-            yield str(task.doc_to_text(document)), where
-            yield str(choices[target] if choices and isinstance(target, int) else target), where
+            yield str(task.doc_to_text(document)), where, True
+            yield str(choices[target] if choices and isinstance(target, int) else target), where, False
 
 
 def _loaded(task: dict[str, Any] | str) -> list[Any]:

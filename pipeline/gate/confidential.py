@@ -5,11 +5,13 @@
 
 Secrets are found by those detectors of detect-secrets whose form leaves little doubt (its keyword and entropy detectors
 take most code for a secret), by the forms of some newer keys, and as a value that looks random and is given to a name
-such as `password`. Numbers are judged by phonenumbers and python-stdnum.
+such as `password` or to a user (curl's `-u`): from 8 characters on where it mixes both cases and digits, else from 16.
+Numbers are judged by phonenumbers and python-stdnum.
 
 What a manual would write is no finding: placeholders, the values of documentation, addresses at example.com, a URL's
-password at a host without a domain. NOT found are passwords made of words, names of people, postal addresses, and phone
-numbers without a country's code.
+password at a host without a domain. NOT found are passwords made of words, those of fewer than 16 characters without
+both cases and a digit (and about one in seven with them, whose letters fall into runs), names of people, postal
+addresses, and phone numbers without a country's code.
 """
 
 import base64
@@ -20,9 +22,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 from pipeline.gate.text import line_at
 
+LONG = 16  # characters from which on the letters of a value tell whether it is random
 LINE, OVERLAP = 2_000, 400  # characters of a line looked at together: the time of some patterns grows with the square
 
 # ── Secrets ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -57,7 +61,8 @@ _SIGNATURE = re.compile(r"[\w-]{20,}", re.ASCII)
 _PEM_BODY = re.compile(r"[A-Z -]{0,20}(?:\s|\\[rn]|[A-Z][\w-]+: [^\n]*\n)*([A-Za-z0-9+/=]{40,})")
 _URL_HOST = re.compile(r"[\w.-]+")
 _NOBODYS = re.compile(r"^(?:localhost|127\..*|0\.0\.0\.0)$|(?:^|\.)example(?:\.\w+)?$|\.(?:test|invalid|localhost)$")
-_VALUE = re.compile(r"""[=:]>? ?["']?([A-Za-z0-9+/_.~!@#%^&*=-]{16,})(?=["'\s,;)]|\Z)""")
+_VALUE = re.compile(r"""[=:]>? ?(["']?)([A-Za-z0-9+/_.~!@#%^&*=-]{8,2048}+)(?=["'`\\\s,;)}]|\Z)""")
+_USER = re.compile(r"""(?<![\w-])(?:-u ?|--user[ =])["']?[^\s:"'$<]{1,64}:([^\s"'`]{8,})""")  # curl's
 _NAMED_SECRET = re.compile(
     r"""(?:passw(?:or)?d|passphrase|pwd|secret|token|(?:api|access|auth|private|service|account|client|signing|encryption)[_-]?key)
     (?:[_-]?(?:key|access[_-]key|base|id))?["']?\]?\s*:?$""",
@@ -67,6 +72,13 @@ _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE
 _WORDS = re.compile(  # a name, a path, a date
     r"[/~._-]*(?:[A-Za-z]+\d{0,4}|\d+)(?:[/_.:#@=~+-]+(?:[A-Za-z]+\d{0,4}|\d+))*[/._-]*"
 )
+_WORD = re.compile(  # five letters of one case with a vowel are taken for one
+    r"(?=[A-Z]?[a-z]*[aeiouy])(?:[A-Z][a-z]|[a-z]{2})[a-z]{3}"
+)
+_USUAL = re.compile(
+    r"troub|admin|welcome|strong|super|complex|secure|login|guest|hello|master|monkey|dragon|mysql|postgres|abc|xyz|i2e"
+)
+_LEET = str.maketrans("013457@$!", "oieastasi")
 _ATTRIBUTE = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
 _HARMLESS_NAME = re.compile(
     r"(?:page|next|continuation|continue|sync|resume|delta|cursor|fencing|idempotency|cancellation|public|cache|partition)[_-]?"
@@ -92,11 +104,10 @@ def secrets(text: str) -> list[str]:
     if "://" in text and "@" in text:
         for at in _url_passwords(text):
             found[f"a password in a URL in line {line_at(text, at)}"] = None
-    for given in _VALUE.finditer(text):
-        if _random(given[1]) and _names_a_secret(text[max(0, given.start() - 60) : given.start()]):
-            place = f"in line {line_at(text, given.start(1))}"
-            if not any(known.endswith(place) for known in found):  # a key of a known form, given to a name
-                found[f"a secret given to a name {place}"] = None
+    for what, at in _given(text):
+        place = f"in line {line_at(text, at)}"
+        if not any(known.endswith(place) for known in found):  # a key of a known form, given to a name
+            found[f"{what} {place}"] = None
     return list(found)
 
 
@@ -152,18 +163,59 @@ def _url_passwords(text: str) -> Iterator[int]:
                     yield offset + match.start()
 
 
+def _given(text: str) -> Iterator[tuple[str, int]]:
+    """Values that look random, given to a name that says secret or to a user."""
+    for given in _VALUE.finditer(text):
+        value, after = given[2], text[given.end() : given.end() + 1]
+        if len(value) < LONG and not given[1] and after in (",", ")", "}"):  # an argument: a name, not a text
+            continue
+        if _random(value) and _names_a_secret(text[max(0, given.start() - 60) : given.start()]):
+            yield "a secret given to a name", given.start(2)
+    if "-u" in text:
+        for given in _USER.finditer(text):
+            if _random(given[1]):
+                yield "a user's password", given.start(1)
+
+
 def _names_a_secret(before: str) -> bool:
     return bool(_NAMED_SECRET.search(before)) and not _HARMLESS_NAME.search(before)
 
 
 def _random(value: str) -> bool:
-    """Whether a value looks made by a machine to be kept: digits and letters in no order, at least 3.3 bits a character."""
+    """Whether a value looks made by a machine to be kept, as far as its length lets it be told.
+
+    Of 16 characters or more: digits and letters in no order, at least 3.3 bits a character. Of fewer: both cases and
+    digits that change about as often as in what is drawn (five times in eight), and no word. What is text in base64 is
+    judged by the text.
+    """
     if not re.search(r"\d", value) or not re.search(r"[A-Za-z]", value) or _PLACEHOLDER.search(value):
         return False
-    if _UUID.fullmatch(value) or _WORDS.fullmatch(value) or _ATTRIBUTE.fullmatch(value):
+    if _UUID.fullmatch(value) or (_WORDS.fullmatch(value) and len(value) >= LONG) or _ATTRIBUTE.fullmatch(value):
         return False
+    encoded = _encoded_text(value)
+    if encoded:
+        return len(encoded) >= 8 and _random(encoded)
+    if len(value) < LONG:
+        return _mixed(value)
     counts = Counter(value)
     return -sum(n / len(value) * math.log2(n / len(value)) for n in counts.values()) >= 3.3
+
+
+def _mixed(value: str) -> bool:
+    kinds = ["A" if c.isupper() else "a" if c.islower() else "1" if c.isdigit() else "-" for c in value]
+    changes = sum(one != other for one, other in pairwise(kinds))
+    drawn = {"A", "a", "1"} <= set(kinds) and changes >= 0.4 * len(value)
+    plain = value.lower().translate(_LEET)
+    return drawn and not _WORD.search(value) and not _USUAL.search(plain) and not _PLACEHOLDER.search(plain)
+
+
+def _encoded_text(value: str) -> str | None:
+    """Of `cGFzc3dvcmQxMjM=`: `password123`; nothing of what is no base64 or no text."""
+    try:
+        text = base64.b64decode(value.encode() + b"=" * (-len(value) % 4), validate=True).decode("ascii")
+    except ValueError:
+        return None
+    return text.strip() if text.strip().isprintable() else None
 
 
 @functools.cache
@@ -213,9 +265,9 @@ _ROLES = _words(
     contact sales admin administrator root git hg svn daemon mailer-daemon nobody notifications notification alerts alert
     monitoring ops oncall on-call devops sre dev team billing accounts legal privacy press jobs careers hr hello hi office
     user username users you me name email mail your-email youremail your.name your.email my-email someone somebody anyone
-    foo bar alice bob eve mallory test tester testing demo example placeholder customer client service services bot ci
+    foo bar test tester testing demo example placeholder customer client service services bot ci
     deploy deployer ubuntu ec2-user centos debian pi vagrant www-data nginx postgres mysql oracle jenkins gitlab github
-    first.last firstname.lastname jane.doe john.doe jdoe janedoe johndoe john jane newsletter marketing feedback
+    first.last firstname.lastname newsletter marketing feedback
     enquiries inquiries editor maintainers dmarc dmarc-reports reports caa letsencrypt certs tls ssl dns dns-admin"""
 )
 _SHELLS = re.compile(r"\b(?:ssh|scp|sftp|rsync|mosh|sshfs|ssh-copy-id|autossh|git clone|git remote)\b")

@@ -27,7 +27,8 @@ from pipeline.gate import bias, code, confidential, text, tokens
 from pipeline.gate.duplicates import Exact, NearDuplicates
 from pipeline.gate.finding import Finding, Places
 from pipeline.gate.leaks import Leaks
-from pipeline.gate.rules import selected
+from pipeline.gate.rules import OF_THE_SET, selected
+from pipeline.gate.text import tidy
 from pipeline.progress import Progress
 
 ENOUGH_PAIRS = 20  # fewer say nothing of a bias
@@ -92,17 +93,19 @@ class Gate:
             if raw.values is None:
                 raise raw.fault or AssertionError("a row without values has a fault")
             found_kind, values = converted(raw.values, kind)
-            row = validated(values, found_kind, file, raw.line)
+            row = validated(values, found_kind, file, raw.line, raw.item)
         except RowFault as fault:
             rule = self.rules[fault.rule]
             self._reject(count)
             self.found[rule.name] += 1
-            return None, [Finding(rule, file, raw.line, fault.what)]
+            return None, [Finding(rule, file, raw.line, fault.what, item=raw.item)]
         reasons: dict[str, list[str]] = defaultdict(list)
         for name, reason in self._faults(row):
             if name in self.rules:
                 reasons[name].append(reason)
-        findings = [Finding(self.rules[n], file, raw.line, "; ".join(why), row.id) for n, why in reasons.items()]
+        findings = [
+            Finding(self.rules[n], file, raw.line, "; ".join(why), row.id, raw.item) for n, why in reasons.items()
+        ]
         self.found.update(f.rule.name for f in findings)
         if any(f.rule.severity == "error" for f in findings):
             self._reject(count)
@@ -114,21 +117,37 @@ class Gate:
     def finish(self) -> Iterator[Finding]:
         """What only the whole set shows. Rows that it rejects are in `dropped` afterwards."""
         alike = set()
-        for later, first in self._ids.pairs():
+        for later, first in self._surviving(self._ids.pairs()):
             yield from self._of_set("id-twice", later, f"its id stands at {self._places.where(first)} too")
-        for later, first in self._texts.pairs():
+        for later, first in self._surviving(self._texts.pairs()):
             alike.add(later)
             yield from self._of_set("duplicate", later, f"its text stands at {self._places.where(first)} already")
-        for later, first in self._sides.pairs():
-            pair, other = self._pairs[later], self._pairs[first]
-            if self._turned[later] != self._turned[first]:
-                for one, two in ((pair, other), (other, pair)):
-                    yield from self._of_set("swapped", one, f"stands the other way round at {self._places.where(two)}")
+        for later, first in list(self._surviving(self._swapped())):
+            for one, two in ((later, first), (first, later)):
+                yield from self._of_set("swapped", one, f"stands the other way round at {self._places.where(two)}")
         for later, first, share in self._near.pairs() if self._near else ():
             if later not in alike and not {later, first} & self.dropped:
                 where = self._places.where(first)
                 yield from self._of_set("near-duplicate", later, f"about {share:.0%} alike with {where}")
         yield from self._balance()
+
+    def _surviving(self, pairs: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        """The pairs of rows that are still there. Where the first of several is gone, the next one stands for it."""
+        stands_for: dict[int, int] = {}
+        for later, first in pairs:
+            if later in self.dropped:
+                continue
+            standing = stands_for.get(first, first)
+            if standing in self.dropped:
+                stands_for[first] = later
+            else:
+                yield later, standing
+
+    def _swapped(self) -> Iterator[tuple[int, int]]:
+        """Pairs with the same sides the other way round, by their rows' numbers."""
+        for later, first in self._sides.pairs():
+            if self._turned[later] != self._turned[first]:
+                yield self._pairs[later], self._pairs[first]
 
     def _faults(self, row: Row) -> Iterator[tuple[str, str]]:
         """Rule and reason, of one row by itself."""
@@ -156,8 +175,8 @@ class Gate:
         for index, answer in enumerate(row.answers):
             if not least <= len(answer) <= most:
                 yield "completion-length", f"an answer of {len(answer):,} characters; the band is {least:,} to {most:,}"
-            if answer != answer.strip():
-                yield "edge-whitespace", "an answer begins or ends in white space, which is trained too"
+            if answer != tidy(answer):
+                yield "edge-whitespace", "an answer begins or ends in blank space, which is trained too"
             if isinstance(row, PreferencePair):
                 if index == 0 and (why := text.refusal(answer)):
                     yield "refusal-chosen", f"chosen {why}"
@@ -180,7 +199,7 @@ class Gate:
 
     def _leaked(self, row: Row) -> Iterator[tuple[str, str]]:
         for part in (*row.asked, *row.answers):
-            leak = self.leaks.found(part) if self.leaks else None
+            leak = self.leaks.found(part, prompt=part == row.asked[-1]) if self.leaks else None
             if leak and leak.kind == "words":
                 yield "leak", f"shares “{leak.what}” with {leak.where}"
             elif leak:
@@ -188,13 +207,13 @@ class Gate:
 
     def _remember(self, row: Row) -> None:
         number = self.passed
-        self._places.add(row.file, row.line)
+        self._places.add(row.file, row.line, row.item)
         sort = (type(row), row.domain)
         if sort not in self._numbers:
             self._numbers[sort] = len(self._sorts)
             self._sorts.append(sort)
         self._sort.append(self._numbers[sort])
-        self._ids.add(_digest(row.where if row.id == row.where else f"id {row.id}"))
+        self._ids.add(_digest(type(row).__name__, row.where if row.id == row.where else f"id {row.id}"))
         self._texts.add(text_digest(row))
         if self._near:
             self._near.add("\n".join((*row.asked, *row.texts)))
@@ -206,17 +225,24 @@ class Gate:
             self._chosen.append(len(chosen))
             self._rejected.append(len(rejected))
 
+    @property
+    def failed(self) -> bool:
+        """Whether a rule about the set as a whole, made an error by the profile, is broken."""
+        return any(
+            self.found[name] and name in self.rules and self.rules[name].severity == "error" for name in OF_THE_SET
+        )
+
     def _of_set(self, name: str, number: int, reason: str) -> Iterator[Finding]:
         rule = self.rules.get(name)
         if rule is None or (rule.severity == "error" and number in self.dropped):
             return
-        file, line = self._places.file(number), self._places.line(number)
+        file, line, item = self._places.file(number), self._places.line(number), self._places.item(number)
         self.found[name] += 1
         if rule.severity == "error":
             self.dropped.add(number)
             self._reject(self.files[file])
             self._count(file, *self._sorts[self._sort[number]], -1)
-        yield Finding(rule, file, line, reason)
+        yield Finding(rule, file, line, reason, item=item)
 
     def _balance(self) -> Iterator[Finding]:
         if "length-bias" in self.rules and len(self._pairs) >= ENOUGH_PAIRS:
@@ -248,22 +274,23 @@ class Gate:
 
 def run(
     gate: Gate,
-    found: Sequence[Source],
+    found: Sequence[tuple[Source, type[Row] | None]],
     on_finding: Callable[[Finding], None],
     on_row: Callable[[Row], None] = lambda row: None,
-    kind: type[Row] | None = None,
     quiet: bool = False,
 ) -> None:
-    """Sends every row through the gate, with progress. `on_row` gets those that pass by themselves, in the order of their
-    numbers; the set may still drop some, `gate.dropped`."""
-    size = sum(source.size for source in found)
+    """Sends every row through the gate, with progress; beside each file the kind its rows must be, None for any.
+
+    `on_row` gets those that pass by themselves, in the order of their numbers; the set may still drop some, `gate.dropped`.
+    """
+    size = sum(source.size for source, _ in found)
     with (
         nullcontext()
         if quiet or size < LARGE
         else Progress("checking", max(1, size // MEGABYTE), unit="MB") as progress
     ):
         done = 0
-        for source in found:
+        for source, kind in found:
             for raw in source.raws():
                 row, findings = gate.judge(source.shown, raw, kind)
                 for finding in findings:

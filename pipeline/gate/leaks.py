@@ -46,6 +46,7 @@ from pipeline.gate.duplicates import (
 from pipeline.gate.notices import NOTICES
 from pipeline.gate.words import Hashes, Words, runs
 
+FEWEST_OF_A_PROMPT = 3  # words
 FEWEST = 8  # words that a text must weigh to be looked for
 DIFFERENT = 5  # words in a run
 CODE_WEIGHT = 3  # words of code that weigh as one of prose
@@ -76,17 +77,23 @@ class Leaks:
         self._bands = bands(threshold)
         self._signer = Signer()
         self._notices = np.concatenate([runs(Words.of(notice).hashes, FEWEST) for notice in NOTICES])
+        self._prompts: dict[bytes, str] = {}  # where each whole prompt stands
         self._where: list[str] = []  # of each text
         self._runs, self._counts = bytearray(), array("I")  # the hashes of each text's runs, each once, and how many
         self._shorts: list[_Short] = []
         self._signatures = bytearray()
         self._index: _Index | None = None
 
-    def forbid(self, text: str, where: str) -> None:
-        """A prompt or an answer of an evaluation. Raises RuntimeError once `found` was asked."""
+    def forbid(self, text: str, where: str, prompt: bool = False) -> None:
+        """A prompt or an answer of an evaluation. Raises RuntimeError once `found` was asked.
+
+        A whole `prompt` of three words or more is a leak however short it is.
+        """
         if self._index:
             raise RuntimeError("forbid comes before found")
         words = Words.of(text)
+        if prompt and len(words) >= FEWEST_OF_A_PROMPT:
+            self._prompts.setdefault(words.hashes.tobytes(), where)
         light, nobodys = words.characters | _code(words), self._in_notice(words)
         signature = self._signer.sign(words.hashes[~nobodys])
         if signature is None or np.where(nobodys, 0, np.where(light, 1 / CODE_WEIGHT, 1)).sum() < FEWEST:
@@ -106,9 +113,11 @@ class Leaks:
         self._signatures += signature.data
         self._where.append(where)
 
-    def found(self, text: str) -> Leak | None:
-        """What a prompt or an answer of a training row gives away: words first, in their order."""
+    def found(self, text: str, prompt: bool = False) -> Leak | None:
+        """What a prompt or an answer of a training row gives away: a whole prompt first, then words, in their order."""
         words = Words.of(text)
+        if prompt and (where := self._prompts.get(words.hashes.tobytes())):
+            return Leak(where, "words", _shortened(text))
         if len(words) < self._least or not self._where:
             return None
         self._index = self._index or self._built()
@@ -132,8 +141,7 @@ class Leaks:
         return None
 
     def _leak_of_words(self, words: Words, place: int, length: int, owner: int) -> Leak:
-        shown = " ".join(words.shown(place, length).split())
-        return Leak(self._where[owner], "words", shown if len(shown) <= SHOWN else f"{shown[: SHOWN - 1]}…")
+        return Leak(self._where[owner], "words", _shortened(words.shown(place, length)))
 
     def _nearly_same(self, words: Words, index: "_Index") -> Leak | None:
         signature = self._signer.sign(words.hashes)
@@ -224,6 +232,11 @@ class _Index:
     bands: _Table
     signatures: Signature
     common: int  # texts: what more of them share is nobody's
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
 
 
 def _numbered(counts: Sequence[int]) -> NDArray[np.uint32]:

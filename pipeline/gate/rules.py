@@ -72,17 +72,18 @@ RULES = (
     Rule("D506", "length-bias", "warning", "length alone tells which side is chosen", "pairs of like lengths"),
 )
 BY_NAME = {rule.name: rule for rule in RULES}
-FORM = frozenset(rule.name for rule in RULES if rule.code.startswith("D1")) | {
+ALWAYS = frozenset(rule.name for rule in RULES if rule.code.startswith(("D1", "D3"))) | {
     "same-sides",
     "prompt-mismatch",
-}  # no row without
+}
+OF_THE_SET = ("unbalanced-domains", "length-bias")  # reject no row: as errors they stop the stage
 
 
 def selected(check: Check, where: str = "training_data.check") -> dict[str, Rule]:
     """The rules in effect, by name, as a profile has them. Raises `UserError` for a rule there is not."""
     ignored = _named(check.ignore, f"{where}.ignore")
     found = {name: rule for name, rule in BY_NAME.items() if name not in ignored}
-    for name in _named(check.errors, f"{where}.errors", FORM) & set(found):
+    for name in _named(check.errors, f"{where}.errors", ALWAYS) & set(found):
         found[name] = replace(found[name], severity="error")
     for name in _named(check.warnings, f"{where}.warnings") & set(found):
         found[name] = replace(found[name], severity="warning")
@@ -90,7 +91,7 @@ def selected(check: Check, where: str = "training_data.check") -> dict[str, Rule
 
 
 def _named(words: Iterable[str], where: str, allowed: frozenset[str] = frozenset()) -> set[str]:
-    """The rules that words stand for. One of form is named only where `allowed`: without it there is no row to speak of."""
+    """The rules that words stand for. One that always holds is named only where `allowed`."""
     names: set[str] = set()
     for word in words:
         by_start = {rule.name for rule in RULES if word[:1] == "D" and rule.code.startswith(word)}
@@ -100,7 +101,7 @@ def _named(words: Iterable[str], where: str, allowed: frozenset[str] = frozenset
             raise UserError(
                 f"there is no rule `{word}`", where=where, remedy=near[0] if near else "aletheia data check --rules"
             )
-        if found <= FORM - allowed:
-            raise UserError(f"`{word}` cannot be left out: what breaks it is no row", where=where)
-        names |= found - (FORM - allowed)
+        if found <= ALWAYS - allowed:
+            raise UserError(f"`{word}` cannot be left out: a row that breaks it cannot be trained", where=where)
+        names |= found - (ALWAYS - allowed)
     return names

@@ -99,7 +99,7 @@ _REFUSAL = re.compile(
     r"(?:unfortunately,? |however,? |i understand[^.!?\n]{0,80} but |thank you[^.!?\n]{0,60} but )?(?:"
     + "|".join(
         (
-            rf"{_SORRY}[,.]? (?:but |however,? )?(?:as an? {_MACHINE}[^.!?\n]{{0,60}}, )?{_ABLE} (?:{_HELP}|{_WORK}|do)\b",
+            rf"{_SORRY}[,.]? (?:but |however,? )?(?:as an? {_MACHINE}[^.!?\n]{{0,60}},? )?{_ABLE} (?:{_HELP}|{_WORK}|do)\b",
             rf"{_SORRY}[,.]? (?:but )?(?:that's|that is|this is) (?:not something i|beyond my|against my|outside my)\b",
             rf"{_ABLE} (?:help|assist)(?: you)? (?:with|in|there|further)\b",
             rf"{_ABLE} (?:comply|engage in|participate|provide|fulfil+)\b",
@@ -110,7 +110,8 @@ _REFUSAL = re.compile(
             r"(?:it|that) (?:is|goes|would be) against my (?:\w+ )?(?:programming|guidelines|polic|principles|training)",
             r"my (?:programming|guidelines) (?:do not|does not|don't|doesn't|prevents?|prohibits?|forbids?)\b",
             rf"i(?:'m| am) not (?:programmed|designed|trained) to (?:{_HELP}|{_WORK})\b",
-            rf"as an? (?:\w+ )?{_MACHINE}(?: (?:language )?(?:model|assistant|chatbot|system))?"
+            rf"(?:{_SORRY}[,.]? (?:but |however,? )?)?as an? (?:\w+ )?{_MACHINE}"
+            r"(?: (?:language )?(?:model|assistant|chatbot|system))?"
             r"(?: (?:developed|created|trained|made) by \w+)?,? (?:i|my)\b",
             rf"i(?:'m| am) (?:just |only |merely |simply )?an? {_MACHINE}(?: (?:language )?(?:model|assistant|chatbot))?"
             r"(?:[,.;]| (?:and|so|without|that|created|developed|trained|made|designed)\b)",
@@ -126,10 +127,17 @@ _CONDITION = re.compile(r"[^.!?\n]{0,120}\b(?:without|until|unless|before|from h
 
 
 def refusal(text: str) -> str | None:
-    """The words with which an answer, at its beginning, refuses or speaks as an AI."""
+    """The words with which an answer, at its beginning, refuses or speaks as an AI; in English only."""
     beginning = text[: REFUSAL_CHARACTERS + 150].lstrip('\n >*"“').replace("’", "'")
     for start in _SENTENCE.finditer(beginning, 0, REFUSAL_CHARACTERS):
         found = _REFUSAL.match(beginning, start.end())
         if found and not _CONDITION.match(beginning, found.end()):
             return f"begins `{found[0][:80]}`"
     return None
+
+
+def tidy(text: str) -> str:
+    """Without the white space at its end and the blank lines before its first line, which keeps its indentation: code."""
+    text = text.rstrip()
+    indent = len(text) - len(text.lstrip())
+    return text[max(text.rfind("\n", 0, indent), text.rfind("\r", 0, indent)) + 1 :]

@@ -81,7 +81,12 @@ def test_the_set_passes_its_own_gate_with_all_rules_and_its_code_runs(base: Base
     totals = {kind: Totals(LONGEST_PROFILE) for kind in (Conversation, PreferencePair)}
     findings: list[Finding] = []
     gate = Gate(check, Tokenized(base.chat(), totals), leaks, run_code=True)
-    run(gate, [s for name in KINDS for s in sources(SHIPPED, f"data/{name}")], findings.append, quiet=True)
+    run(
+        gate,
+        [(s, KINDS[name]) for name in KINDS for s in sources(SHIPPED, f"data/{name}")],
+        findings.append,
+        quiet=True,
+    )
     assert [f"{f.where} {f.text}" for f in findings] == []
     assert sum(t.too_long for t in totals.values()) == 0 and gate.total.rows == sum(len(rows(name)) for name in KINDS)
 

@@ -65,7 +65,7 @@ def test_json_is_the_data_alone(aletheia: Aletheia, bad: Workspace) -> None:
     assert (found["rows"], found["rejected"], said.code) == (6, 4, 1)
     assert {(f["file"], f["line"], f["rule"]) for f in found["findings"]} >= {("mine/rows.jsonl", 3, "D102")}
     assert found["files"] == [
-        {"path": "mine/rows.jsonl", "kinds": {"conversations": 3}, "rows": 6, "rejected": 4, "domains": {"unknown": 3}}
+        {"path": "mine/rows.jsonl", "kinds": {"conversations": 2}, "rows": 6, "rejected": 4, "domains": {"unknown": 2}}
     ]
 
 
@@ -153,3 +153,49 @@ def test_mistakes_are_one_line_with_a_remedy(
 ) -> None:
     found = aletheia(workspace, "data", "check", *words)
     assert (found.code, found.out) == (2, "") and found.err.startswith(said) and found.err.count("\n") == 1
+
+
+def test_rows_on_one_line_are_each_told_apart(aletheia: Aletheia, workspace: Workspace) -> None:
+    rows = [talk(n, " " if n > 7 else "") for n in range(10)]
+    (workspace.root / "dump.json").write_text(json.dumps(rows))
+    said = aletheia(workspace, "data", "check", "dump.json", "--rejects", str(workspace.root / "out.jsonl"))
+    assert said.out.splitlines()[-1].startswith("10 rows, 2 rejected (20.0%)")
+    assert [line.split(": ")[0] for line in said.out.splitlines()[:2]] == ["dump.json:1#9", "dump.json:1#10"]
+    rejects = [json.loads(line) for line in (workspace.root / "out.jsonl").read_text().splitlines()]
+    assert [(r["line"], r["item"]) for r in rejects] == [(1, 9), (1, 10)]
+
+
+@pytest.mark.parametrize("target", ["mine/rows.jsonl", "./mine/../mine/rows.jsonl", "mine", "nowhere/x.jsonl"])
+def test_rejects_are_not_written_over_what_is_checked(aletheia: Aletheia, bad: Workspace, target: str) -> None:
+    before = (bad.root / "mine/rows.jsonl").read_bytes()
+    said = aletheia(bad, "data", "check", "mine", "--rejects", str(bad.root / target))
+    assert said.code == 2 and said.err.startswith("error: --rejects ") and said.err.count("\n") == 1
+    assert (bad.root / "mine/rows.jsonl").read_bytes() == before
+    assert [p.name for p in (bad.root / "mine").iterdir()] == ["rows.jsonl"]
+
+
+def test_a_file_named_twice_is_read_once(aletheia: Aletheia, bad: Workspace) -> None:
+    said = aletheia(bad, "data", "check", "mine", "mine/rows.jsonl", "--fix")
+    assert said.out.splitlines()[-1].startswith("5 rows, 3 rejected")
+
+
+def test_with_a_profile_it_says_whether_training_would_stop(aletheia: Aletheia, workspace: Workspace) -> None:
+    path = workspace.root / "data/sft/devops.jsonl"
+    path.write_text(path.read_text() + "{}\n")
+    out = aletheia(workspace, "data", "check", "--profile", "small").out
+    assert "data/sft: 1 of 16 rejected (6.2%, the limit is 5%): training would stop" in out
+    assert "data/dpo: 0 of 15 rejected (0.0%, the limit is 5%): training would go on without them" in out
+    said = aletheia(workspace, "sft", "--profile", "small", "--dry-run")
+    assert "1 of 16 rejected: more than max_reject_share allows, it would stop" in said.err
+
+
+def test_a_rule_about_the_set_that_is_an_error_fails_the_check(aletheia: Aletheia, workspace: Workspace) -> None:
+    rows = [talk(n) | {"domain": "b" if n == 3 else f"a{n % 2}"} for n in range(30)]
+    (workspace.root / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert aletheia(workspace, "data", "check", "uneven.jsonl").code == 0
+    profile = workspace.configs / "small.yaml"
+    profile.write_text(profile.read_text().replace("training_data:", "training_data:\n  check: {errors: [D405]}", 1))
+    said = aletheia(workspace, "data", "check", "uneven.jsonl", "--profile", "small")
+    assert said.code == 1 and "30 rows, 0 rejected" in said.out
+    stage = aletheia(workspace, "sft", "--profile", "small", "--set", "training_data.sft=uneven.jsonl", "--dry-run")
+    assert stage.code == 2 and "error: the set: D405 unbalanced-domains: b has 1 rows" in stage.err

@@ -94,3 +94,38 @@ def test_degrade_writes_a_folder_once(aletheia: Aletheia, workspace: Workspace) 
     assert aletheia(workspace, "data", "check", "medium").code == 0
     again = aletheia(workspace, *words)
     assert again.code == 2 and "is there already" in again.err
+
+
+def test_degrade_passes_over_what_is_not_right_and_says_where(aletheia: Aletheia, workspace: Workspace) -> None:
+    right = {
+        "id": "a",
+        "messages": [{"role": "user", "content": "q?"}, {"role": "assistant", "content": "Yes, it does."}],
+    }
+    lines = ["{", json.dumps(right), json.dumps({"key_points": ["x"], "prompt": "q"}), json.dumps(right)]
+    (workspace.root / "mine.jsonl").write_text("\n".join(lines + ['{"text": 1}'] * 25) + "\n")
+    words = ("data", "degrade", "mine.jsonl", "--to", "low", "--output", str(workspace.root / "low"))
+    said = aletheia(workspace, *words)
+    assert (said.code, said.out) == (0, "low\n"), said.err
+    named = [line for line in said.err.splitlines() if line.startswith("passed over: ")]
+    assert len(named) == 21 and named[0].startswith("passed over: mine.jsonl:1: is not JSON")
+    assert "mine.jsonl:3: " in named[1] and named[2].endswith("mine.jsonl:4: the id `a` stands at mine.jsonl:2 too")
+    assert named[-1] == "passed over: 8 more rows; aletheia data check mine.jsonl"
+    assert "1 row of low quality" in said.err
+    assert "1 answer is longer than before: it was too short to be degraded\n" in said.err
+    [row] = [json.loads(line) for line in (workspace.root / "low/mine.jsonl").read_text().splitlines()]
+    assert set(row) == {"id", "messages", "quality"} and row["quality"] == "low"
+
+
+def test_degrade_says_which_answers_stay_and_writes_nothing_without_a_right_row(
+    aletheia: Aletheia, workspace: Workspace
+) -> None:
+    turns = [{"role": "user", "content": "q?"}, {"role": "assistant", "content": "Yes."}]
+    (workspace.root / "mine.jsonl").write_text("".join(json.dumps({"messages": turns, "n": n}) + "\n" for n in "ab"))
+    said = aletheia(
+        workspace, "data", "degrade", "mine.jsonl", "--to", "medium", "--output", str(workspace.root / "as-before")
+    )
+    assert said.code == 0 and "2 answers are as long as before: they were too short to be degraded\n" in said.err
+    (workspace.root / "mine.jsonl").write_text("{}\n")
+    said = aletheia(workspace, "data", "degrade", "mine.jsonl", "--to", "low", "--output", str(workspace.root / "none"))
+    assert said.code == 2 and "error: mine.jsonl: holds no conversation that is right" in said.err
+    assert not (workspace.root / "none").exists()

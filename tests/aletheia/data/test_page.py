@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aletheia.data.examples import MARK
-from aletheia.data.page import BINS, HEIGHT, bars
+from aletheia.data.page import BINS, HEIGHT, WIDTH, bars
 from pipeline.chat import Chat, Encoded
 from pipeline.data.read import read_rows
 from pipeline.data.rows import Conversation, PreferencePair
@@ -155,7 +155,7 @@ def test_what_a_cut_would_lose_is_marked_and_said(page: Write, workspace: Worksp
     assert not any(state == "past" for state, _ in states[0])
     assert ["data-long" in attributes for attributes in found.having("details")] == [False, True]
     assert "7 past max_length" in found.text and "Training rejects this row: " in found.text
-    assert "1 sequences; a cut would lose 7 tokens" in found.text
+    assert "1 sequence; a cut would lose 7 tokens" in found.text
     assert found.having("line", "limit")
 
 
@@ -195,6 +195,36 @@ def test_bars_hold_every_length_on_one_scale() -> None:
     found = bars([0, 1, 1, 99], 100)
     assert [(left, height) for left, _, height in found] == [(0, HEIGHT), (232, round(HEIGHT / 3, 2))]
     assert len(bars(range(1, 1001), 1000)) == BINS
+
+
+def test_what_is_longer_than_the_scale_stands_in_a_last_bar_of_its_own() -> None:
+    width = WIDTH / BINS
+    found = bars([0, 50, 100, 101, 19_030, 19_030], 100, more=True)
+    assert [(left, height) for left, _, height in found] == [
+        (0, round(HEIGHT / 3, 2)),
+        (pytest.approx((BINS - 2) / 2 * width), round(HEIGHT / 3, 2)),
+        (pytest.approx((BINS - 3) * width), round(HEIGHT / 3, 2)),
+        (pytest.approx((BINS - 1) * width), HEIGHT),
+    ]
+
+
+def test_one_long_row_does_not_squeeze_the_others_into_one_bar(page: Write, workspace: Workspace) -> None:
+    rows = [row(f"r{n}", "word " * 14 * n) for n in range(1, 11)]
+    found = page(put(workspace, *rows, row("long", "word " * 5_000)), "--set", "sft_config.max_length=240")
+    places = [float(bar["x"] or 0) for bar in found.having("rect")]
+    assert len(places) >= 8 and max(places) == WIDTH * (BINS - 1) / BINS
+    assert len(found.having("rect", "more")) == 1 and "300 tokens, more" in found.text
+    [limit] = found.having("line", "limit")
+    assert float(limit["x1"] or 0) == pytest.approx(240 / 300 * WIDTH * (BINS - 2) / BINS, abs=0.1)
+    assert "The last bar is all of more than 300 tokens." in found.text
+
+
+def test_without_a_row_much_longer_than_max_length_the_scale_ends_at_the_longest(
+    page: Write, workspace: Workspace
+) -> None:
+    found = page(put(workspace, row("a", "Yes."), row("b", "word " * 60)))
+    assert not found.having("rect", "more") and not found.having("em")
+    assert max(float(bar["x"] or 0) for bar in found.having("rect")) == WIDTH * (BINS - 1) / BINS
 
 
 # ── what others wrote ────────────────────────────────────────────────────────────────────────────────────────────────

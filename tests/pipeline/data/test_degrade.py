@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.data.degrade import CLOSINGS, OPENINGS, degrade
 from pipeline.data.read import read_rows
-from pipeline.data.rows import Conversation, Message, row_hash
+from pipeline.data.rows import Conversation, Message, row_hash, validated
 from pipeline.workspace import CHECKOUT, Workspace
 
 HIGH = read_rows(Workspace(CHECKOUT), "data/sft", Conversation)
@@ -52,3 +52,23 @@ def test_odd_answers_stay_answers(answer: str) -> None:
     row = Conversation(messages=[Message(role="user", content="q"), Message(role="assistant", content=answer)])
     for quality in ("medium", "low"):
         assert degrade(row, quality).answers[0].strip()  # type: ignore[arg-type]
+
+
+def short(answer: str, **fields: str) -> Conversation:
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
+    return validated({"messages": messages} | fields, Conversation, "a.jsonl", 1)
+
+
+def test_of_a_short_answer_nothing_is_left_out_and_low_makes_it_longer() -> None:
+    assert degrade(short("Yes, it does."), "medium").answers == ["Yes, it does."]
+    [low] = degrade(short("Yes, it does."), "low").answers
+    assert "Yes, it does." in low and low.startswith(OPENINGS) and low.endswith(CLOSINGS)
+    phrases = [len(one) + len(other) for one in OPENINGS for other in CLOSINGS]
+    assert min(phrases) >= 90 and max(phrases) <= 150, "as the module says"
+
+
+def test_fields_that_were_not_set_are_not_made_up_and_the_others_stay() -> None:
+    bare = degrade(short("Yes."), "medium").model_dump(exclude_unset=True)
+    assert set(bare) == {"id", "messages", "quality"}
+    full = degrade(short("Yes.", domain="db", source="mine", run="r1"), "low").model_dump(exclude_unset=True)
+    assert (full["domain"], full["source"]) == ("db", "mine") and "run" not in full and "difficulty" not in full

@@ -33,6 +33,34 @@ def test_two_rows_with_one_prompt_are_each_paired_once() -> None:
     assert len(found.changed) + len(found.removed) == 2 and len(found.changed) + len(found.added) == 3
 
 
+def test_row_that_stands_twice_on_one_side_is_added_or_removed_once() -> None:
+    once, twice = side(row("q", "a"), row("r", "b", 2)), side(row("q", "a"), row("r", "b", 2), row("q", "a", 3))
+    found = difference(once, twice)
+    assert (found.same, [i.id for i in found.added], found.removed, found.changed) == (2, ["rows.jsonl:3"], [], [])
+    found = difference(twice, once)
+    assert (found.same, found.added, [i.id for i in found.removed], found.changed) == (2, [], ["rows.jsonl:3"], [])
+    found = difference(twice, twice)
+    assert (found.same, found.added, found.removed, found.changed) == (3, [], [], [])
+
+
+def test_rows_of_one_text_that_all_changed_are_all_paired() -> None:
+    found = difference(side(row("q", "a"), row("q", "a", 2)), side(row("q", "b"), row("q", "b", 2)))
+    assert (found.same, found.added, found.removed, len(found.changed)) == (0, [], [], 2)
+
+
+def test_row_that_stands_in_two_parts_has_moved_only_where_the_parts_differ() -> None:
+    train, held_out = side(row("q", "a"), part="train"), side(row("q", "a", 2), part="held_out")
+    found = difference(train + held_out, held_out + train)
+    assert (found.same, found.moved) == (2, [])
+    found = difference(train + held_out, train + train)
+    assert (found.same, [(o.part, n.part) for o, n in found.moved]) == (2, [("held_out", "train")])
+
+
+def test_row_with_the_same_id_goes_before_one_with_the_same_prompt() -> None:
+    found = difference(side(row("q", "a", id="one")), side(row("q", "b", id="two"), row("q", "c", id="one")))
+    assert [new.id for _, new in found.changed] == ["one"] and [i.id for i in found.added] == ["two"]
+
+
 def test_row_that_went_from_training_to_held_out_is_named() -> None:
     one, two = row("q", "a"), row("r", "b", 2)
     found = difference(side(one, two, part="train"), side(one, part="held_out") + side(two, part="train"))

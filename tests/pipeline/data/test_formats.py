@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.formats import FORMATS, converted
+from pipeline.data.formats import FORMATS, Format, converted
 from pipeline.data.rows import (
     Conversation,
     MultipleChoice,
@@ -102,6 +102,10 @@ LONG_PAIR: list[dict[str, Any]] = [
     {"chosen": [SYSTEM, Q, A, Q2, A2], "rejected": [SYSTEM, Q, A, Q2, BAD]},
     {"chosen": dialogue(Q, A, Q2, A2), "rejected": dialogue(Q, A, Q2, BAD), "system": "Be brief."},
 ]
+EVALUATION: list[dict[str, Any]] = [
+    {"prompt": "one", "key_points": ["k"]},
+    {"question": "one", "choices": ["a", "b"], "answer": 0},
+]
 SAME = {"one turn": ONE_TURN, "two turns": TWO_TURNS, "pair": PAIR, "long pair": LONG_PAIR}
 REST = {"id": "r", "domain": "d", "difficulty": "expert", "quality": "high", "group": "g", "date": "2026-11-20",
         "run": True, "source": "wiki"}  # fmt: skip
@@ -197,7 +201,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": [Q], "chosen": [A], "rejected": [BAD], "images": ["a.png"]}, "unknown-shape", "has `images`: only text"),
     ({"messages": [Q, CALL, {"role": "tool", "content": "1"}, A]}, "unknown-shape", "messages.1.tool_calls: calls of tools"),
     ({"messages": [Q, A, {"role": "tool", "content": "1"}, A]}, "unknown-shape", "messages.2.role: tool: calls of tools"),
-    ({"conversations": [*shared(Q), {"from": "function_call", "value": "f"}]}, "unknown-shape", "conversations.1.role: "),
+    ({"conversations": [*shared(Q), {"from": "function_call", "value": "f"}]}, "unknown-shape", "conversations.1.from: "),
     ({"messages": [Q, A | {"weight": 0}]}, "unknown-shape", "messages.1.weight: every answer weighs 1"),
     ({"messages": [Q, A | {"reasoning_content": "so"}]}, "unknown-shape", "messages.1.reasoning_content: is nothing"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, A]}, "unknown-shape",
@@ -212,16 +216,25 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({f"column {n}": 1 for n in range(99)}, "unknown-shape", "has no known shape (found: column 0, "),
     ({"messages": [SYSTEM, Q, A], "system": "Other."}, "role-order", "has a `system`, and another one as its first message"),
     ({"messages": [Q, A], "system": ["x"]}, "wrong-type", "system: is a list, not a text"),
-    ({"conversations": [{"from": "narrator", "value": "x"}, *shared(A)]}, "wrong-type", "messages.0.role: "),
+    ({"conversations": [{"from": "narrator", "value": "x"}, *shared(A)]}, "wrong-type",
+     'conversations.0.from: is "narrator", none of'),
+    ({"conversations": [*shared(Q), {"from": "gpt", "value": " "}]}, "empty-field", "conversations.1.value: is empty"),
+    ({"conversations": [*shared(Q), {"from": "gpt"}]}, "missing-field", "conversations.1.content: is missing"),
+    ({"conversations": [*shared(Q), {"from": "gpt", "value": [{"type": "image"}]}]}, "unknown-shape",
+     "conversations.1.value.0: is a part of type image"),
+    ({"conversations": "hi"}, "wrong-type", "conversations: is a text, not a list"),
+    ({"conversations": []}, "empty-field", "conversations: is empty"),
+    ({"prompt": [Q], "completion": [assistant("")]}, "empty-field", "completion.0.content: is empty"),
+    ({"messages": [Q, A], "system_prompt": 7}, "wrong-type", "system_prompt: is a number, not a text"),
     ({"conversations": shared(A, Q)}, "role-order", "roles must be"),
     ({"messages": "hi"}, "wrong-type", "messages: "),
     ({"messages": [Q, 7]}, "wrong-type", "messages.1: "),
-    ({"prompt": 7, "completion": "two"}, "wrong-type", "prompt: is a int, neither a text nor messages"),
+    ({"prompt": 7, "completion": "two"}, "wrong-type", "prompt: is a number, neither a text nor messages"),
     ({"prompt": "one", "completion": " "}, "empty-field", "completion: is empty"),
     ({"instruction": "x", "input": ["y"], "output": "z"}, "wrong-type", "instruction and input: are not both texts"),
-    ({"instruction": "x", "output": "z", "history": "y"}, "wrong-type", "history: is a str, not a list of pairs"),
+    ({"instruction": "x", "output": "z", "history": "y"}, "wrong-type", "history: is a text, not a list of pairs"),
     ({"instruction": "x", "output": "z", "history": [["y"]]}, "wrong-type", "history.0: is no pair"),
-    ({"instruction": "x", "output": "z", "history": [["y", None]]}, "wrong-type", "history.0.1: is a NoneType, not a text"),
+    ({"instruction": "x", "output": "z", "history": [["y", None]]}, "wrong-type", "history.0.1: is null, not a text"),
     ({"chosen": [Q, A], "rejected": [Q2, A2]}, "prompt-mismatch", "chosen and rejected differ from message 1 on"),
     ({"chosen": [Q, A, Q2, A2], "rejected": [Q, BAD, Q2, A]}, "prompt-mismatch", "chosen and rejected differ from message 2 on"),
     ({"chosen": [Q, A], "rejected": [Q, BAD, Q2, A]}, "prompt-mismatch", "chosen and rejected differ from message 2 on"),
@@ -234,7 +247,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"chosen": [A], "rejected": [BAD]}, "missing-field", "has no `prompt` (found: chosen, rejected)"),
     ({"chosen": [A]}, "missing-field", "has no `prompt` (found: chosen)"),
     ({"chosen": 1, "rejected": 2}, "missing-field", "has no `prompt`"),
-    ({"chosen": [Q, 7], "rejected": [Q, 8]}, "wrong-type", "chosen.0: "),
+    ({"chosen": [Q, 7], "rejected": [Q, 8]}, "wrong-type", "chosen.1: is a number, not a message"),
     ({"question": "q", "choices": ["a", "b"]}, "missing-field", "has no `answer` (found: question, choices)"),
 ]  # fmt: skip
 
@@ -262,8 +275,6 @@ def test_kind_decides_between_formats() -> None:
 @pytest.mark.parametrize(
     ("values", "kind", "field"),
     [
-        (PAIR[0], Conversation, "messages"),
-        (ONE_TURN[0], PreferencePair, "prompt"),
         (ONE_TURN[7], Question, "key_points"),
         ({"question": "q", "answer": "a"}, MultipleChoice, "choices"),
         ({"text": "x"}, Conversation, "messages"),
@@ -275,6 +286,57 @@ def test_row_of_another_kind_than_wanted_says_the_field_it_misses(
     found = fault(values, kind)
     assert (found.rule, found.what) == ("missing-field", f"has no `{field}` (found: {', '.join(values)})")
     assert f'"{field}"' in found.remedy
+
+
+@pytest.mark.parametrize("content", SAME)
+def test_conversation_among_pairs_and_pair_among_conversations_say_so(content: str) -> None:
+    for values in SAME[content]:
+        wanted, said = (PreferencePair, "is a conversation, and preference pairs are wanted")
+        if "chosen" in values:
+            wanted, said = (Conversation, "is a preference pair, and conversations are wanted")
+        found = fault(values, wanted)
+        assert (found.rule, found.what) == ("missing-field", said)
+        assert "training_data.dpo names pairs" in found.remedy
+
+
+@pytest.mark.parametrize("known", FORMATS, ids=lambda known: known.name)
+def test_null_in_a_field_of_a_known_format_is_an_empty_field_whatever_the_kind(known: Format) -> None:
+    whole = next(v for v in [*ONE_TURN, *PAIR, *EVALUATION] if v.keys() >= {*known.fields})
+    for field in known.fields:
+        values = {name: whole[name] for name in known.fields} | {field: None, "system": None, "id": "r"}
+        for kind in (None, known.becomes):
+            found = fault(values, kind)
+            assert (found.rule, found.what) == ("empty-field", f"{field}: is empty")
+
+
+def test_null_beside_whole_fields_of_another_format_is_no_fault() -> None:
+    for rest in ({"response": None}, {"chosen": None, "rejected": None}, {"choices": None, "question": None}):
+        assert row({"prompt": "one", "completion": "two"} | rest).answers == ["two"]
+    for nulls in ({"prompt": "one", "chosen": None}, {"prompt": "one", "completion": None}):
+        pair = {"chosen": [Q, A], "rejected": [Q, BAD]}
+        assert row(pair | {"prompt": None}).answers == ["two", "five"]
+        assert fault(nulls | {"rejected": None}).rule == "empty-field"
+
+
+def test_instruction_that_is_null_before_an_input_is_the_input_alone() -> None:
+    assert row({"instruction": None, "input": "one", "output": "two"}).asked == ["one"]
+    assert fault({"instruction": None, "input": None, "output": "two"}).what == "instruction: is empty"
+
+
+@pytest.mark.parametrize(
+    ("values", "renamed"),
+    [
+        ({"Prompt": "x", " completion": "y"}, "rename `Prompt` to `prompt`, ` completion` to `completion`"),
+        ({"Prompt": "x", "completion": "y"}, "rename `Prompt` to `prompt`"),
+        ({"Messages": [Q, A], "System": "x"}, "rename `Messages` to `messages`"),
+        ({"Prompt": "x", "text": "y"}, "rename `Prompt` to `prompt`; {messages, system?}; "),
+    ],
+)
+def test_field_known_but_for_case_and_blanks_is_named_with_its_right_name(values: dict[str, Any], renamed: str) -> None:
+    for kind in (None, Conversation):
+        found = fault(values, kind)
+        assert (found.rule, found.what) == ("unknown-shape", f"has no known shape (found: {', '.join(values)})")
+        assert found.remedy == renamed or (renamed.endswith("; ") and found.remedy.startswith(renamed))
 
 
 def test_message_of_any_odd_kind_is_a_fault_and_never_an_error() -> None:

@@ -183,3 +183,13 @@ def test_hash_counts_every_field_of_a_row() -> None:
     (row,) = conversations(1)
     hashes = {row_hash(row.model_copy(update=u)) for u in ({}, {"id": "y"}, {"domain": "y"}, {"difficulty": "y"})}
     assert len(hashes) == 4
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [('"\\ud800"', "half of a character"), ("[" * 300 + "]" * 300, "nested too deeply")],
+)
+def test_field_that_could_not_be_written_again_is_refused(home: Workspace, extra: str, said: str) -> None:
+    line = json.dumps(ROWS[Conversation])[:-1] + f', "note": {extra}}}'
+    with pytest.raises(UserError, match=f"^rows.jsonl:1: .*{said}"):
+        read(home, line)

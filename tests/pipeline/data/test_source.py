@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline.data.raw import Raw
+from pipeline.data.rows import place
 from pipeline.data.source import Source, sources
 from pipeline.errors import UserError
 from pipeline.workspace import Workspace
@@ -75,8 +76,13 @@ def read(home: Workspace, name: str, content: str | bytes) -> list[Raw]:
 
 
 def values(raws: list[Raw]) -> list[Any]:
+    """Of each row; a table's field that is null is as one that is not there."""
     assert not [raw.fault for raw in raws if raw.fault]
-    return [raw.values for raw in raws]
+    return [{field: value for field, value in (raw.values or {}).items() if value is not None} for raw in raws]
+
+
+def places(raws: list[Raw]) -> list[str]:
+    return [place("", raw.line, raw.item) for raw in raws]
 
 
 def faults(raws: list[Raw]) -> list[tuple[int, str, str]]:
@@ -125,6 +131,22 @@ def test_a_row_stands_at_the_line_where_it_begins(home: Workspace) -> None:
     assert found(read(home, "a.json", '{"n": 1,\n"rows":\n[\n{"a": 1},\n{}]}')) == [4, 5]
     assert found(read(home, "a.json", '{"a":\n1}\n\n{"a": 2}')) == [1, 4]
     assert found(read(home, "a.csv", 'a,b\n"1\n2\n3",x\n\n4,y\n')) == [2, 6]
+
+
+def test_rows_that_share_a_line_have_places_of_their_own(home: Workspace) -> None:
+    assert places(read(home, "a.json", '[{"a": 1}, 2, {"a": 3},\n{"a": 4}, {"a": 5}]')) == [
+        ":1",
+        ":1#2",
+        ":1#3",
+        ":2",
+        ":2#5",
+    ]
+    assert places(read(home, "a.json", '{"a": 1} {"a": 2}\n{"a": 3}')) == [":1", ":1#2", ":2"]
+    assert places(read(home, "a.json", '{"rows": [{"a": 1},\n{"a": 2}], "prompt": "x"}')) == [":1", ":2", ":1#3"]
+    for kind, (name, written) in WRITTEN.items():
+        found = places(read(home, name, written(ROWS * 3)))
+        assert len(set(found)) == len(found), kind
+        assert kind == "list" or not any("#" in place for place in found) or "one" in kind or "name" in kind
 
 
 @pytest.mark.parametrize("size", [1, 4095, 65_535, 65_536, 70_000, 200_000])
@@ -184,9 +206,9 @@ ODD = [
     ('{"a": -Infinity}', "broken-json", "is not JSON: it holds -Infinity"),
     ('{"a": 1e999}', "broken-json", "holds a number that is too large: 1e999"),
     ("[1]", "wrong-type", "is a list, not an object"),
-    ('"text"', "wrong-type", "is a str, not an object"),
-    ("null", "wrong-type", "is a NoneType, not an object"),
-    ("17", "wrong-type", "is a int, not an object"),
+    ('"text"', "wrong-type", "is a text, not an object"),
+    ("null", "wrong-type", "is null, not an object"),
+    ("17", "wrong-type", "is a number, not an object"),
 ]
 
 
@@ -225,10 +247,56 @@ def test_byte_that_is_no_utf8_costs_its_own_row_alone(home: Workspace) -> None:
 def test_row_of_a_table_with_more_or_fewer_cells_than_the_header_is_a_fault(home: Workspace) -> None:
     raws = read(home, "a.csv", 'a,b\n1,2\n"x\ny"\n1,2,3\n3,4\n')
     assert faults(raws) == [
-        (3, "broken-json", "has 1 cells, and the header 2"),
+        (3, "broken-json", "has 1 cell, and the header 2"),
         (5, "broken-json", "has 3 cells, and the header 2"),
     ]
     assert found(raws) == [2, 6]
+
+
+def test_empty_cell_is_a_field_that_is_null(home: Workspace) -> None:
+    [raw] = read(home, "a.csv", "prompt,completion,choices\nx,,\n")
+    assert raw.values == {"prompt": "x", "completion": None, "choices": None}
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_table_with_another_delimiter_is_read_with_it_and_says_so_once(
+    home: Workspace, capsys: pytest.CaptureFixture[str], delimiter: str
+) -> None:
+    content = '\nprompt;completion\n"a;b";"c, d"\n'.replace(";", delimiter)
+    for _ in range(2):
+        raws = read(home, "a.csv", content)
+        assert values(raws) == [{"prompt": f"a{delimiter}b", "completion": "c, d"}] and found(raws) == [3]
+    named = {";": "semicolons", "\t": "tabs"}[delimiter]
+    assert capsys.readouterr().err == f"a.csv: its cells stand between {named}, not commas, and it is read so\n"
+    assert values(read(home, "a.tsv", "prompt,completion\na,b\n")) == [{"prompt": "a", "completion": "b"}]
+
+
+def test_usual_delimiter_stays_where_the_header_is_known(home: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert values(read(home, "a.csv", "prompt,a;b;c;d\nx,y\n")) == [{"prompt": "x", "a;b;c;d": "y"}]
+    assert values(read(home, "b.csv", "messages\n1\n")) == [{"messages": "1"}]
+    assert capsys.readouterr().err == ""
+
+
+def test_table_without_a_header_is_one_fault(home: Workspace) -> None:
+    for first in ("What is two and two?,4", f"{'word ' * 20},x"):
+        [(line, rule, what)] = faults(read(home, "a.csv", f"{first}\nWhat else?,5\n"))
+        assert (line, rule) == (1, "broken-file") and "has no header row? Its first row says `" in what
+    assert found(read(home, "a.csv", f"prompt,{'note ' * 20}\nx,y\n")) == [2]
+
+
+def test_windows_1252_is_named_where_it_can_be_told(home: Workspace) -> None:
+    said = "looks like Windows-1252: save it as UTF-8"
+    for name, content in {
+        "a.jsonl": b'{"a": "caf\xe9 \x93x\x94"}',
+        "a.json": b'[{"a": "caf\xe9"}]',
+        "a.csv": b"a,b\ncaf\xe9,1\n",
+        "b.csv": b"caf\xe9,b\n1,1\n",
+    }.items():
+        [(_, _, what)] = faults(read(home, name, content))
+        assert what.endswith(said), name
+    for other in ("Привет".encode("cp1251"), b"\xe9 \xc3\xa9", b"\x81"):
+        [(_, rule, what)] = faults(read(home, "a.jsonl", b'{"a": "' + other + b'"}'))
+        assert rule == "encoding" and said not in what
 
 
 def test_quote_inside_a_cell_is_a_fault_of_that_row(home: Workspace) -> None:
@@ -280,7 +348,7 @@ def test_truncated_gzip_gives_its_rows_and_then_the_fault(home: Workspace, kind:
     raws = list(source(home, f"{name}.gz").raws())
     [(line, rule, what)] = faults(raws)
     assert raws[-1].fault and rule == "broken-file" and "ends too early" in what
-    assert [raw.values for raw in raws[:-1]] == rows[: len(raws) - 1] and len(raws) > 1
+    assert values(raws[:-1]) == rows[: len(raws) - 1] and len(raws) > 1
     assert line == raws[-2].line + 1
 
 
@@ -337,6 +405,36 @@ def test_document_of_two_lists_is_not_half_read_in_silence(home: Workspace) -> N
     assert found(raws) == [1]
     [(line, rule, what)] = faults(raws)
     assert (line, rule) == (2, "broken-file") and "two lists of rows, `train` and `test`, of which the first" in what
+    assert raws[-1].fault and raws[-1].fault.remedy == "write each list to a file of its own"
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (json.dumps(ROWS), "is one JSON array"),
+        (json.dumps(ROWS * 300, indent=2), "is one JSON array"),
+        ("[" + ",\n".join(map(json.dumps, ROWS)) + "]\n", "is one JSON array"),
+        (json.dumps(ROWS[0], indent=1), "holds objects of several lines each"),
+        ("\n".join(json.dumps(row, indent=4) for row in ROWS), "holds objects of several lines each"),
+        (json.dumps({"data": ROWS * 300}, indent=4), "holds objects of several lines each"),
+    ],
+)
+def test_document_named_jsonl_is_one_fault_and_read_under_its_right_name(
+    home: Workspace, content: str, what: str
+) -> None:
+    for name in ("a.jsonl", "a.ndjson.gz"):
+        raws = read(home, name, f"\n{content}")
+        assert faults(raws) == [(2, "broken-file", f"{what}, not an object a line")]
+        assert raws[0].fault and raws[0].fault.remedy == "name it .json"
+    assert not faults(read(home, "a.json", content))
+
+
+@pytest.mark.parametrize(
+    "first", ["{", '{"a"', '{"a":', '{"a": "x', '[{"a": 1}]', "[", '[{"a"', "[1]", '"x"', '{"a": 1}}', "[" * 100_000]
+)
+def test_first_line_that_is_broken_costs_itself_alone(home: Workspace, first: str) -> None:
+    raws = read(home, "a.jsonl", f'{first}\n{{"a": 1}}\n\n{{"a": 2}}\n')
+    assert [line for line, _, _ in faults(raws)] == [1] and found(raws) == [2, 4]
 
 
 def test_single_row_with_messages_is_a_row_and_not_a_list_of_them(home: Workspace) -> None:
@@ -428,7 +526,7 @@ def test_parquet_holds_what_json_can_say_or_a_fault(home: Workspace) -> None:
     assert values(parquet(home, [row])) == [
         {"d": "2026-11-20", "t": "2026-11-20T10:30:00", "z": midnight.isoformat(), "n": "1.50", "b": True}
     ]
-    assert faults(parquet(home, [{"x": b"\x89PNG"}])) == [(1, "wrong-type", "x: is a bytes, not text")]
+    assert faults(parquet(home, [{"x": b"\x89PNG"}])) == [(1, "wrong-type", "x: is bytes, not text")]
     assert faults(parquet(home, [{"x": float("inf")}])) == [(1, "wrong-type", "x: is infinite")]
 
 
@@ -465,10 +563,15 @@ def test_folder_is_read_with_its_subfolders_in_the_order_of_names(home: Workspac
 def test_file_that_could_have_been_meant_is_said_once(home: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a.jsonl", "b.txt", "c.txt", "d.zip", "README.md", ".hidden.txt", "deep/rows.arrow"):
         write(home, f"rows/{name}", "")
-    for _ in range(2):
-        assert len(sources(home, "rows")) == 1
+    for name in ("rows", "rows/", str(home.path("rows")), "rows/../rows"):
+        assert len(sources(home, name)) == 1
+        write(home, "rows/e.another", "")
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "4 files of another kind passed over: .arrow, .txt, .zip;" in said
+    assert (
+        said.count("\n") == 1
+        and said.startswith("rows: ")
+        and "4 files of another kind passed over: .arrow, .txt, .zip;" in said
+    )
 
 
 def test_nothing_is_said_of_a_folder_where_all_is_plain(home: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
@@ -528,7 +631,6 @@ def test_file_that_is_gone_when_it_is_opened_is_said(home: Workspace) -> None:
     ("name", "parts"),
     [
         ("hub:o/n", ("o/n", None, None, None)),
-        ("hub:n", ("n", None, None, None)),
         ("hub:o/n.a-b_c#test", ("o/n.a-b_c", None, None, "test")),
         ("hub:o/n@v1.0", ("o/n", "v1.0", None, None)),
         ("hub:o/n/config", ("o/n", None, "config", None)),
@@ -545,6 +647,12 @@ def test_name_of_a_hub_is_taken_apart(home: Workspace, name: str, parts: tuple[A
 @pytest.mark.parametrize("name", ["hub:", "hub:a b", "hub:#train", "hub:@v1", "hub:o/n#"])
 def test_name_that_is_none_says_how_one_is_written(home: Workspace, name: str) -> None:
     with pytest.raises(UserError, match=r"is no name of a data set; try hub:OWNER/NAME\[@REVISION\]"):
+        sources(home, name)
+
+
+@pytest.mark.parametrize("name", ["hub:foo", "hub:foo#train", "hub:foo@main"])
+def test_hubs_name_without_an_owner_is_refused_before_anything_is_asked(home: Workspace, name: str) -> None:
+    with pytest.raises(UserError, match=rf"^{name}: names no owner of the data set; try hub:OWNER/NAME"):
         sources(home, name)
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from pipeline.config import Validation
 from pipeline.data.read import read_rows
-from pipeline.data.rows import Conversation, describe
-from pipeline.data.split import shuffle_answers, split
+from pipeline.data.rows import Conversation, MultipleChoice, PreferencePair, Question, Row, describe
+from pipeline.data.split import described, shuffle_answers, split
 from pipeline.errors import UserError
 from pipeline.workspace import Workspace
 
@@ -68,6 +68,89 @@ def test_adding_a_row_moves_at_most_one_other() -> None:
         assert len((before ^ after) - {rows[n].id}) <= 1
 
 
+def test_adding_a_row_moves_at_most_one_of_its_domain_and_one_of_another() -> None:
+    rows = conversations(90, domains=7)
+    for fraction in (0.1, 0.34):
+        validation = Validation(fraction=fraction, seed=1)
+        for n in range(1, 90):
+            before, after = ({r.id: r for r in split(rows[:size], validation)[1]} for size in (n, n + 1))
+            moved = [r.domain == rows[n].domain for r in rows[:n] if (r.id in before) != (r.id in after)]
+            assert moved.count(True) <= 1 and moved.count(False) <= 1
+
+
+def test_small_domains_have_their_share_together() -> None:
+    rows = conversations(200, domains=50)
+    _, held_out = split(rows, Validation(fraction=0.1, seed=1))
+    assert len(held_out) == 20 == len({r.domain for r in held_out})
+    assert {r.domain for r in held_out} != {r.domain for r in split(rows, Validation(fraction=0.1, seed=2))[1]}
+    assert held_out[::-1] == split(rows[::-1], Validation(fraction=0.1, seed=1))[1]
+
+
+def test_share_goes_to_the_domains_with_the_largest_remainders() -> None:
+    sizes = {"a": 19, "b": 12, "c": 9}  # shares of a quarter: 4.75, 3.0, 2.25
+    rows = conversations(40)
+    for row, domain in zip(rows, [d for d, size in sizes.items() for _ in range(size)], strict=True):
+        row.domain = domain
+    assert describe(split(rows, Validation(fraction=0.25))[1])["domains"] == {"a": 5, "b": 3, "c": 2}
+
+
+@pytest.mark.parametrize("strategy", ["stratified", "random", "group"])
+def test_nothing_held_out_of_too_few_rows_is_said(strategy: Any, capsys: Any) -> None:
+    for count in (4, 5):
+        assert split(conversations(count), Validation(fraction=0.1, strategy=strategy))[1] == []
+        assert f"note: no row is held out: {count} rows × 0.1 is at most half a row" in capsys.readouterr().err
+    split(conversations(4), Validation(fraction=0.0, strategy=strategy))
+    split(conversations(3), Validation(fraction=0.9, strategy="random"))
+    split([], Validation(fraction=0.1, strategy=strategy))
+    assert capsys.readouterr().err == "", "nothing was asked for, or something is held out"
+
+
+def test_nothing_held_out_of_one_large_family_is_said(capsys: Any) -> None:
+    assert split(grouped(families=1, size=20), Validation(fraction=0.2, strategy="group"))[1] == []
+    assert "no row is held out: rows that stay together are more than twice the 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("strategy", ["stratified", "random", "group", "temporal"])
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_of_equal_text_stay_together(strategy: Any, seed: int) -> None:
+    rows = grouped(families=12, size=5, date=lambda n: n)
+    for n, row in enumerate(rows):
+        row.domain, row.messages[0].content = f"d{n % 3}", f"question {n % 20}"
+        row.messages[1].content = f"answer {n % 20}"  # each text thrice, in other families, domains and years
+    for ordered in (rows, rows[::-1]):
+        train, held_out = split(ordered, Validation(fraction=0.3, strategy=strategy, seed=seed))
+        assert not {r.messages[1].content for r in train} & {r.messages[1].content for r in held_out}
+        if strategy == "group":
+            assert not {r.group for r in train} & {r.group for r in held_out}  # type: ignore[attr-defined]
+        elif strategy != "temporal":  # here no text is wholly later than the others
+            assert abs(len(held_out) - 18) <= 4
+    if strategy != "temporal":
+        assert {r.id for r in held_out} == {
+            r.id for r in split(rows, Validation(fraction=0.3, strategy=strategy, seed=seed))[1]
+        }
+
+
+def test_same_answer_to_another_question_is_no_equal_text() -> None:
+    rows = conversations(40)
+    for n, row in enumerate(rows):
+        row.messages[0].content, row.messages[1].content = f"question {n}", "yes"
+    assert len(split(rows, Validation(fraction=0.25, strategy="random"))[1]) == 10
+
+
+def test_text_that_stands_earlier_too_is_not_held_out_as_late() -> None:
+    rows = grouped(families=2, size=10, date=lambda n: n)
+    rows[19].messages[1].content = rows[0].messages[1].content
+    _, held_out = split(rows, Validation(fraction=0.2, strategy="temporal"))
+    assert [r.id for r in held_out] == ["c15", "c16", "c17", "c18"]
+
+
+def test_nothing_older_is_held_out_in_place_of_rows_of_equal_text() -> None:
+    rows = grouped(families=2, size=10, date=lambda n: n)
+    rows[16].messages[1].content = rows[17].messages[1].content = rows[18].messages[1].content
+    _, held_out = split(rows, Validation(fraction=0.1, strategy="temporal"))
+    assert [r.id for r in held_out] == ["c16", "c17", "c18", "c19"]
+
+
 def test_split_of_rows_without_ids_does_not_depend_on_their_line(home: Workspace) -> None:
     lines = [json.dumps({"messages": r.model_dump()["messages"]}) for r in conversations(40)]
 
@@ -106,6 +189,77 @@ def test_without_a_family_named_prompts_that_differ_in_numbers_and_code_alone_st
         assert len([r for r in held_out if r.id.startswith("Why")]) in (0, 8)
 
 
+def turns(*texts: str) -> list[dict[str, str]]:
+    """The first is the system's, where it begins so."""
+    said = [("system", t) if t.startswith("You are") else ("", t) for t in texts]
+    first = len([r for r, _ in said if r])
+    return [
+        {"role": role or ("user", "assistant")[(n - first) % 2], "content": text} for n, (role, text) in enumerate(said)
+    ]
+
+
+def kinds(n: int, question: str) -> list[Row]:
+    """A row of each kind with this question, each unlike every other `n`'s in all else."""
+    other, answer = f"You are {'very ' * n}terse.", turns("q", f"answer {n}")[1:]
+    return [
+        Conversation(messages=turns(other, question, "a", "go " * n + "on", f"b {n}"), id="c"),  # type: ignore[arg-type]
+        PreferencePair(
+            prompt=turns(other, question, "a", "go " * n + "on"),  # type: ignore[arg-type]
+            chosen=answer,  # type: ignore[arg-type]
+            rejected=turns("q", "c")[1:],  # type: ignore[arg-type]
+        ),
+        Question(prompt=question, key_points=[f"point {n}"]),
+        MultipleChoice(question=question, choices=["a", f"b {n}"], answer=0),
+    ]
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_family_without_a_name_is_told_by_the_first_question_of_each_kind(kind: int) -> None:
+    rows = [kinds(n + 1, asked)[kind] for n, asked in enumerate(["Why is it slow?"] * 6 + list("abcdef"))]
+    for seed in range(6):
+        _, held_out = split(rows, Validation(fraction=0.5, strategy="group", seed=seed))
+        assert len([r for r in held_out if r in rows[:6]]) in (0, 6) and held_out
+
+
+@pytest.mark.parametrize("field", ["file", "json", "where", "model_extra"])
+def test_field_named_as_an_attribute_of_the_row_is_its_own_and_no_method(field: str) -> None:
+    rows = conversations(40)
+    for strategy, key in (("group", "group_by"), ("temporal", "time_by")):
+        with pytest.raises(UserError, match=f"has (no )?`{field}`"):
+            split(rows, Validation(fraction=0.5, strategy=strategy, **{key: field}))
+    for n, row in enumerate(rows):
+        row.__pydantic_extra__ = {field: n // 10}
+    _, held_out = split(rows, Validation(fraction=0.25, strategy="group", group_by=field))
+    assert len(held_out) == 10 and len({n // 10 for n, r in enumerate(rows) if r in held_out}) == 1
+    _, held_out = split(rows, Validation(fraction=0.25, strategy="temporal", time_by=field))
+    assert held_out == rows[30:]
+
+
+def test_declared_field_groups_where_rows_set_it() -> None:
+    _, held_out = split(conversations(40, domains=4), Validation(fraction=0.25, strategy="group", group_by="domain"))
+    assert len(held_out) == 10 and len({r.domain for r in held_out}) == 1
+    with pytest.raises(UserError, match="no row has `difficulty`"):  # that all are "unknown" makes no family of them
+        split(conversations(40), Validation(fraction=0.25, strategy="group", group_by="difficulty"))
+
+
+def test_field_that_no_row_has_is_named_with_the_nearest_that_rows_have() -> None:
+    rows = grouped(families=4, size=3, team=lambda n: n % 4)
+    with pytest.raises(UserError, match=r"no row has `teem`; try training_data.validation.group_by: team$"):
+        split(rows, Validation(strategy="group", group_by="teem"))
+    with pytest.raises(UserError, match=r"no row has `xyz`; try another training_data.validation.group_by$"):
+        split(rows, Validation(strategy="group", group_by="xyz"))
+
+
+def test_rows_without_the_field_that_others_have_are_counted(capsys: Any) -> None:
+    rows = grouped(families=4, size=3, team=lambda n: n % 4) + conversations(73)[12:]
+    split(rows, Validation(fraction=0.25, strategy="group", group_by="team"))
+    said = capsys.readouterr().err
+    assert said == "note: 12 of 73 rows have `team`; the others are grouped by their prompt\n"
+    split(rows[:12], Validation(fraction=0.25, strategy="group", group_by="team"))
+    split(rows[13:], Validation(fraction=0.5, strategy="group"))
+    assert capsys.readouterr().err == ""
+
+
 def test_a_large_family_does_not_take_the_whole_set() -> None:
     rows = grouped(families=1, size=20) + conversations(3)
     rows[-1].messages[0].content, rows[-2].messages[0].content = "another", "a third"
@@ -140,6 +294,14 @@ def test_split_by_family_or_time_does_not_depend_on_the_order(strategy: Any) -> 
         return {r.id for r in split(rows, Validation(fraction=0.4, strategy=strategy, seed=3))[1]}
 
     assert held_out(rows) == held_out(rows[::-1])
+
+
+def test_how_rows_were_split_is_described() -> None:
+    same = {"fraction": 0.1, "seed": 42}
+    assert described(Validation(path="data/own")) == {"path": "data/own"}
+    assert described(Validation()) == {"strategy": "stratified", **same}
+    assert described(Validation(strategy="group", group_by="team")) == {"strategy": "group", **same, "group_by": "team"}
+    assert described(Validation(strategy="temporal")) == {"strategy": "temporal", **same, "time_by": "date"}
 
 
 # ── The control ──────────────────────────────────────────────────────────────────────────────────────────────────────

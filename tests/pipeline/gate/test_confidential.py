@@ -14,6 +14,7 @@ from pipeline.gate.confidential import personal, secrets
 from pipeline.workspace import CHECKOUT
 
 _random = random.Random(4)
+MIXED = "vV" + "qE1SkH" + "bn88"
 UPPER, HEX = string.ascii_uppercase + string.digits, string.digits + "abcdef"
 
 
@@ -52,6 +53,17 @@ SECRETS = {
     f"api_key: a1{some(30)}": "a secret given to a name",
     f'"client_secret": "a1{some(30)}"': "a secret given to a name",
     f"SECRET_KEY = '{some(40, HEX)}'": "a secret given to a name",
+    f'password = "{MIXED}Hx"': "a secret given to a name",
+    f"export PGPASSWORD={MIXED}": "a secret given to a name",
+    f"Set `DB_PASSWORD={MIXED[:8]}` first": "a secret given to a name",
+    f"Server=db;User Id=sa;Password={MIXED};": "a secret given to a name",
+    f"Uid=sa;Pwd={MIXED};": "a secret given to a name",
+    f'"CLIENT_SECRET": "{MIXED}"': "a secret given to a name",
+    f"BOT_TOKEN: {MIXED}": "a secret given to a name",
+    f"password: {base64.b64encode(MIXED.encode()).decode()}": "a secret given to a name",
+    f"curl -u admin:{MIXED} https://api.firm.de/": "a user's password",
+    f"curl --user 'admin:{MIXED}' https://api.firm.de/": "a user's password",
+    f"curl -s -u admin:a1{some(20)} https://api.firm.de/": "a user's password",
 }
 NO_SECRETS = """\
 AKIAIOSFODNN7EXAMPLE
@@ -79,9 +91,28 @@ secretName: web-tls-2026-production
 api_key_id = 'production-api-key-1'
 "next_page_token": "c3RhcnQ9MjAyNi0wMS0wMQ"
 token=hashlib.sha256(b'x').hexdigest()
+password = "aBcD1234"
+password = "Tr0ub4dor&3"
+Password=Welc0me1;
+Password=W3lc0m3!Adm1n;
+export PGPASSWORD=Str0ngPwd2026
+MYSQL_PWD=changeMe1A2b
+password: cGFzc3dvcmQxMjM=
+password: "YWRtaW4xMjM="
+"api_token": "<TOKEN>"
+secret = HmacSHA256
+token = "OAuth2Bearer"
+f(token=Tok3nX9Fld, password=PwdV2Fld3)
+hash = "vVqE1SkHbn88"
+curl -u admin:secret123 http://localhost:9200
+curl -u "$USER:$PASSWORD" https://api.firm.de/
+curl -u user:Passw0rd1X https://api.firm.de/
+docker run -u 1000:1000 --user node:node2Group image
 image: app@sha256:9b2f0c2d7c1e44aa9b2f0c2d7c1e44aa""".splitlines()
 PERSONAL = {
     "jane.smith@firm.de": "an e-mail address (…@firm.de)",
+    "jane.doe@siemens.com": "an e-mail address (…@siemens.com)",
+    "john@firm.de": "an e-mail address (…@firm.de)",
     "Mail Jane <j.smith+x@mail.firm.co.uk>.": "an e-mail address (…@mail.firm.co.uk)",
     "call +49 30 901820": "a phone number (+49…)",
     "(+44 20 7183 8750)": "a phone number (+44…)",
@@ -93,6 +124,7 @@ PERSONAL = {
 }
 NOT_PERSONAL = """\
 a@example.com, b@mail.example.org, c@x.test, d@y.invalid, e@localhost, f@host.local
+jane.doe@example.com, john.doe@company.com, bob@acme.com
 user@company.com alice@corp.com noreply@firm.de security@firm.de 1+x@users.noreply.github.com
 git clone git@github.com:a/b.git
 ssh jane.smith@web1.firm.de uptime
@@ -114,6 +146,12 @@ def test_a_secret_is_named_once_with_its_line_and_not_repeated(text: str, named:
     (found,) = secrets(f"one\ntwo\n{text}\nfour")
     assert found.startswith(named) and found.endswith("in line 3")
     assert not any(text[i : i + 8] in found for i in range(8, len(text) - 8))
+
+
+def test_most_short_random_passwords_are_found() -> None:
+    drawn = [some(12) for _ in range(600)]
+    mixed = [p for p in drawn if not (p.isdigit() or p.lower() == p or p.upper() == p) and any(map(str.isdigit, p))]
+    assert sum(bool(secrets(f"password={p}")) for p in mixed) > 0.8 * len(mixed)
 
 
 @pytest.mark.parametrize("text", NO_SECRETS)
@@ -140,7 +178,7 @@ def test_what_is_nobodys_is_not_personal(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["eyJ" * 20_000, "eyJ" + part({})[3:] + "." * 5_000, "://a:b" * 20_000, "@" * 50_000, "a@b." * 20_000,
-     "xoxb-" + "1-" * 50_000, "=a1" * 30_000,
+     "xoxb-" + "1-" * 50_000, "=a1" * 30_000, "=a1" * 30_000 + "(", "-u a:" * 20_000,
      "token=" + "aB3" * 30_000, "BEGIN PRIVATE KEY" * 5_000, "+1 " * 20_000, "4" * 50_000, "DE44" * 20_000,
      part({"a": 1}) + "." + base64.urlsafe_b64encode(b"[" * 1_200).decode() + "." + some(43), "\ud800@\ud800.de"],
     ids=lambda text: ascii(text[:9]),

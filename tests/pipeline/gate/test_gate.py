@@ -12,6 +12,7 @@ from pipeline.config import Check
 from pipeline.data.rows import Conversation, PreferencePair
 from pipeline.data.source import sources
 from pipeline.errors import UserError
+from pipeline.gate.admit import forbid
 from pipeline.gate.finding import Finding
 from pipeline.gate.gate import Gate, Tokenized, run
 from pipeline.gate.leaks import Leaks
@@ -93,7 +94,7 @@ def judge(home: Workspace, base: Base) -> Judge:
         totals = {kind: Totals(max_length or 2048) for kind in (Conversation, PreferencePair)}
         gate = Gate(check, Tokenized(base.chat(), totals) if max_length else None, leaks, run_code)
         findings: list[Finding] = []
-        run(gate, sources(home, "rows.jsonl"), findings.append, quiet=True)
+        run(gate, [(s, None) for s in sources(home, "rows.jsonl")], findings.append, quiet=True)
         return findings
 
     return found
@@ -190,7 +191,7 @@ def test_a_row_is_dropped_once_however_many_rules_it_breaks(home: Workspace) -> 
     rows = [pair(0, id="x"), pair(0, id="x")]
     home.path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     gate = Gate(Check())
-    run(gate, sources(home, "rows.jsonl"), lambda finding: None, quiet=True)
+    run(gate, [(s, None) for s in sources(home, "rows.jsonl")], lambda finding: None, quiet=True)
     assert gate.dropped == {1} and gate.total.rejected == 1 and gate.total.rows == 2
 
 
@@ -199,7 +200,7 @@ def test_duplicates_are_found_across_files(home: Workspace) -> None:
         home.path(name).mkdir()
         home.path(f"{name}/rows.jsonl").write_text(json.dumps(talk(1)) + "\n")
     found: list[Finding] = []
-    run(Gate(Check()), [*sources(home, "a"), *sources(home, "b")], found.append, quiet=True)
+    run(Gate(Check()), [(s, None) for name in "ab" for s in sources(home, name)], found.append, quiet=True)
     assert [(f.where, f.rule.name, f.reason) for f in found] == [
         ("b/rows.jsonl:1", "duplicate", "its text stands at a/rows.jsonl:1 already")
     ]
@@ -209,9 +210,34 @@ def test_rows_that_pass_come_in_the_order_of_their_numbers(home: Workspace) -> N
     rows = [talk(0), {"messages": []}, talk(1), talk(0), talk(2)]
     home.path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     gate, passed = Gate(Check()), []
-    run(gate, sources(home, "rows.jsonl"), lambda finding: None, passed.append, quiet=True)
+    run(gate, [(s, None) for s in sources(home, "rows.jsonl")], lambda finding: None, passed.append, quiet=True)
     kept = [row.line for number, row in enumerate(passed) if number not in gate.dropped]
     assert kept == [1, 3, 5]
+
+
+def test_where_the_first_of_equal_rows_is_dropped_the_next_one_stands_for_it(judge: Judge) -> None:
+    rows = [talk(0, id="a"), talk(1, id="a"), talk(1, id="b"), talk(1, id="c")]
+    assert [(f.rule.name, f.line, f.reason) for f in judge(rows)] == [
+        ("id-twice", 2, "its id stands at rows.jsonl:1 too"),
+        ("duplicate", 4, "its text stands at rows.jsonl:3 already"),
+    ]
+
+
+def test_the_same_id_in_conversations_and_pairs_is_no_fault(judge: Judge) -> None:
+    assert judge([talk(0, id="one"), pair(1, id="one")]) == []
+
+
+@pytest.mark.parametrize("part", ["prompt", "key point"])
+def test_a_whole_prompt_and_a_key_point_leak_however_short(home: Workspace, part: str) -> None:
+    key_point = "The replica may lag behind, so reads after a write go to the primary or wait for its position"
+    home.path("eval.jsonl").write_text(json.dumps({"prompt": "What is WAL?", "key_points": [key_point]}))
+    leaks = Leaks(13, 0.8)
+    assert forbid(leaks, sources(home, "eval.jsonl")) == 1
+    row = talk(1, question="what is wal") if part == "prompt" else talk(1, f"Mind this. {key_point}.")
+    home.path("rows.jsonl").write_text(json.dumps(row))
+    found: list[Finding] = []
+    run(Gate(Check(), leaks=leaks), [(s, None) for s in sources(home, "rows.jsonl")], found.append, quiet=True)
+    assert [f.rule.name for f in found] == ["leak"] and "eval.jsonl:1" in found[0].reason
 
 
 # ── Choosing rules ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -239,7 +265,7 @@ def test_rule_that_there_is_not_is_refused_with_the_nearest(word: str, remedy: s
         selected(Check(ignore=[word]))
 
 
-@pytest.mark.parametrize("name", ["broken-json", "id-twice", "role-order"])
+@pytest.mark.parametrize("name", ["broken-json", "id-twice", "role-order", "too-long"])
 def test_rule_without_which_no_row_can_be_told_is_not_left_out(name: str) -> None:
     with pytest.raises(UserError, match="cannot be left out"):
         selected(Check(ignore=[name]))

@@ -50,6 +50,9 @@ REFUSALS = """\
 I'm sorry, but I can't assist with that.
 I’m sorry, but I can’t assist with that request.
 Sorry, I can't help with that.
+I'm sorry, but as an AI language model I cannot help with that.
+I'm sorry, but as an AI language model, I cannot help with that.
+I apologize, but as an AI I don't have access to your files.
 As an AI language model, I don't have access to your system.
 As a large language model trained by OpenAI, I can't browse.
 I cannot provide instructions for that.
@@ -78,6 +81,7 @@ I can't provide an exact figure without seeing the plan, but here is how to find
 I can't tell from the plan alone.
 I'm sorry for the outage you had; here is what to do.
 As an AI engineer, you will meet this.
+Sorry, as an AI platform this one is slow.
 I'm an AI engineer at a bank.
 I won't create a second index here: one is enough.
 I can't help but notice the missing index.
