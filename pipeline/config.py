@@ -18,9 +18,7 @@ class Section(BaseModel):
 
 class Validation(Section):
     fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="share of the rows held out of training")
-    path: str | None = Field(
-        None, description="rows held out instead of a fraction: a file, or a folder with sft/ and dpo/"
-    )
+    path: str | None = Field(None, description="rows held out instead of a fraction: a folder with sft/, dpo/ or both")
     strategy: Literal["stratified", "random", "group", "temporal"] = Field(
         "stratified",
         description="stratified: the share of each domain; group: rows alike in group_by stay together; temporal: the latest",

@@ -145,7 +145,7 @@ def _drop_what_does_not_fit(found: TrainingRows[AnyRow], chat: Chat, max_length:
 
 
 def _finding(row: Row, rule: str, reason: str) -> Finding:
-    return Finding(BY_NAME[rule], row.file, row.line, reason, row.id, row.item)
+    return Finding(BY_NAME[rule], row.file, row.line, reason, row.id, item=row.item)
 
 
 def say_what_the_other_holds_out(workspace: Workspace, config: Profile, rows: TrainingRows[AnyRow], kind: type) -> int:
@@ -258,7 +258,7 @@ def encoded(
     stop_at_too_many(job, record, rejects, rows.read)
     if not train:
         first = rejects[0]
-        raise UserError(f"no row is left to train on: {first.text}", where=first.where, remedy=first.rule.remedy)
+        raise UserError(f"no row is left to train on: {first.text}", where=first.where, remedy=first.what_to_do)
     return train, [(row, encode(row)) for row in rows.held_out]
 
 
@@ -292,7 +292,7 @@ def stop_at_too_many(job: Job, record: Record, rejects: Sequence[Finding], read:
         raise UserError(
             f"{len(rejects)} of {read} rows cannot be used, more than max_reject_share allows; the first: {first.text}",
             where=first.where,
-            remedy=f"{first.rule.remedy}, or a larger training_data.max_reject_share; all are in {shown}",
+            remedy=f"{first.what_to_do}, or a larger training_data.max_reject_share; all are in {shown}",
         )
 
 

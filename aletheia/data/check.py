@@ -144,6 +144,7 @@ class Printer:
         self.counts: Counter[str] = Counter()
         self.kept: list[Finding] = []  # for JSON
         self._last = ""
+        self._told: set[tuple[str, str]] = set()
 
     def __call__(self, finding: Finding) -> None:
         self.counts[finding.rule.name] += 1
@@ -155,6 +156,9 @@ class Printer:
                 self.kept.append(finding)
         elif self.every or self.counts[finding.rule.name] <= SHOWN:
             line = f"{finding.where}: {finding.rule.code} {finding.rule.severity}: {finding.reason}"
+            if finding.remedy and (finding.rule.name, finding.remedy) not in self._told:
+                self._told.add((finding.rule.name, finding.remedy))  # the same advice once
+                line += f"; try {finding.remedy}"
             print(printable(line), file=self.out)
 
 

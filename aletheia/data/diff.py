@@ -41,7 +41,7 @@ def _side(workspace: Workspace, name: str) -> list[Item]:
         if len(known) != 1:
             what = f"{len(known)} snapshots begin so" if known else "there is no such file and no such snapshot"
             raise UserError(what, where=name, remedy="a longer hash" if known else "aletheia exp show EXP names them")
-        return [Item(sha256, row.id, "", row) for sha256, row in _snapshot(workspace, known[0]).items()]
+        return [Item(row_hash(row), row.id, "", row) for row in _snapshot(workspace, known[0])]
     found, broken = [], 0
     for source in sources(workspace, name):
         for raw in source.raws():
@@ -68,7 +68,7 @@ def _of_record(workspace: Workspace, experiment_id: str) -> list[Item]:
     texts: dict[str, Row] = {}
     for sha256 in _kept(workspace, facts.data):
         try:
-            texts |= _snapshot(workspace, sha256)
+            texts |= {row_hash(row): row for row in _snapshot(workspace, sha256)}
         except UserError as error:
             say(f"note: {error}")
     if any(sha256 not in texts for hashes in parts.values() for sha256 in hashes.values()):
@@ -89,11 +89,10 @@ def _kept(workspace: Workspace, data: Any) -> list[str]:
     return here + [found for value in data.values() for found in _kept(workspace, value)]
 
 
-def _snapshot(workspace: Workspace, sha256: str) -> dict[str, Row]:
-    """Its rows by hash; their kind is told by their fields."""
+def _snapshot(workspace: Workspace, sha256: str) -> list[Row]:
+    """Its rows; their kind is told by their fields."""
     kind = next((KINDS[key] for key in KINDS if key in store.first_values(workspace, sha256)), None)
-    rows: list[Any] = store.load(workspace, sha256, kind) if kind else []
-    return {row_hash(row): row for row in rows}
+    return list(store.load(workspace, sha256, kind)) if kind else []
 
 
 def _print(found: Difference, text: bool, every: bool) -> None:

@@ -18,7 +18,7 @@ from aletheia.output import printable
 from pipeline.chat import Chat, Encoded
 from pipeline.data.formats import converted
 from pipeline.data.raw import Raw
-from pipeline.data.rows import Conversation, PreferencePair, Row, RowFault, validated
+from pipeline.data.rows import Conversation, PreferencePair, Row, RowFault, place, validated
 from pipeline.data.source import Source, sources
 from pipeline.errors import UserError
 from pipeline.gate.tokens import Totals, encode, faults
@@ -117,7 +117,7 @@ class Reader:
             try:
                 row = _row(source, raw)
             except RowFault as fault:
-                where = f"{source.shown}:{raw.line}"
+                where = place(source.shown, raw.line, raw.item)
                 if wanted is not None and wanted in (where, str((raw.values or {}).get("id"))):
                     raise UserError(fault.what, where=where, remedy=fault.remedy) from None
                 self._break(where, fault.what, silent=wanted is not None)
@@ -272,7 +272,7 @@ def _row(source: Source, raw: Raw) -> Row:
     if raw.values is None:
         raise raw.fault or AssertionError("a row without values has a fault")
     kind, values = converted(raw.values)
-    return validated(values, kind, source.shown, raw.line)
+    return validated(values, kind, source.shown, raw.line, raw.item)
 
 
 def _of_evaluation(row: Row) -> UserError:

@@ -7,7 +7,7 @@ that is not there, unless only the names of all fields tell the format: the fiel
 project's shapes is refused and never left out: tools and calls of them, images and sound, a message's weight other than 1,
 KTO's labels. Of a message, `name` and `id` are left out, and so is any other field that holds nothing. A `developer` is a
 system; a `system` or `system_prompt` beside the messages goes first; parts of a text are joined by a line end; an Alpaca
-`input` or a Dolly `context` follows its instruction after a blank line.
+`input` or a Dolly `context`, whatever the format, follows the question after a blank line.
 
 Whatever the format, every assistant's turn of a conversation is trained, also one of a `history` or a `prompt`.
 """
@@ -32,6 +32,7 @@ _UNSUPPORTED = {  # fields that change what a row means, and why such a row is r
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "only text is trained"),
 }
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # Anthropic's HH
+_ABOUT = ("input", "context")  # what a question is about
 _SYSTEM = ("system", "system_prompt")  # the second is OpenOrca's
 _EMPTY: tuple[Any, ...] = (None, "", [], {}, "[]")
 _SINGULAR: dict[type[Row], str] = {Conversation: "a conversation", PreferencePair: "a preference pair"}
@@ -100,7 +101,7 @@ def _filled(values: Values, known: Format) -> Values:
     """An instruction may be empty where an input follows it; any other field may not."""
     for field in known.fields:
         if field not in values:
-            if field != "instruction" or not any(values.get(about) for about in ("input", "context")):
+            if field != "instruction" or not any(values.get(about) for about in _ABOUT):
                 raise RowFault("empty-field", f"{field}: is empty")
             values = values | {field: ""}
     return values
@@ -109,6 +110,8 @@ def _filled(values: Values, known: Format) -> Values:
 def _check_kind(names: Set[str], kind: type[Row]) -> None:
     """Raises `RowFault` where a conversation stands among pairs, or the other way round."""
     other = _OTHER.get(kind)
+    if other is Conversation and not names.isdisjoint(("chosen", "rejected")):
+        return  # half a pair
     if other and _known(names, other):
         what = f"is {_SINGULAR[other]}, and {NAMES[kind]} are wanted"
         raise RowFault("missing-field", what, "training_data.dpo names pairs, training_data.sft conversations")
@@ -152,13 +155,13 @@ def _conversation(field: str) -> Callable[[Values], Values]:
     return convert
 
 
-def _turn(asked: str, answer: str, context: str = "") -> Callable[[Values], Values]:
+def _turn(asked: str, answer: str) -> Callable[[Values], Values]:
     """A question and its answer, each a text or messages."""
 
     def convert(values: Values) -> Values:
         if str(values.get("label")).lower() in ("true", "false", "0", "1"):
             raise RowFault("unknown-shape", "has a `label`, as KTO's rows: whether to learn it or not is not trained")
-        prompt = _prompt(values, asked, context)
+        prompt = _prompt(values, asked)
         return {"messages": _with_system(values, [*_history(values), *prompt, *_side(values[answer], answer)])}
 
     return convert
@@ -180,9 +183,9 @@ def _history(values: Values) -> list[Any]:
 # ── Preference pairs ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _pair(asked: str, context: str = "") -> Callable[[Values], Values]:
+def _pair(asked: str) -> Callable[[Values], Values]:
     def convert(values: Values) -> Values:
-        prompt = _with_system(values, _prompt(values, asked, context))
+        prompt = _with_system(values, _prompt(values, asked))
         sides = {side: _after(prompt, _side(values[side], side), side) for side in ("chosen", "rejected")}
         return {"prompt": prompt} | sides
 
@@ -221,13 +224,16 @@ def _implicit_pair(values: Values) -> Values:
 # ── Messages ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _prompt(values: Values, field: str, context: str) -> list[Any]:
+def _prompt(values: Values, field: str) -> list[Any]:
     """What is asked: messages, or a text with what it is about."""
-    value, about = values[field], values.get(context) or ""
-    if not about:
+    value, given = values[field], [name for name in _ABOUT if values.get(name)]
+    if not given:
         return _asked(value, field)
+    if len(given) > 1:
+        raise RowFault("unknown-shape", f"has both {' and '.join(f'`{name}`' for name in given)}", "one of them")
+    about = values[given[0]]
     if not isinstance(value, str) or not isinstance(about, str):
-        raise RowFault("wrong-type", f"{field} and {context}: are not both texts")
+        raise RowFault("wrong-type", f"{field} and {given[0]}: are not both texts")
     return [_text("\n\n".join(text for text in (value, about) if text.strip()), "user", field)]
 
 
@@ -341,9 +347,12 @@ def _joined(parts: list[Any], where: str) -> str:
 
 def _with_system(values: Values, messages: list[Any]) -> list[Any]:
     """A system prompt that stands in a field of its own goes first."""
-    field = next((field for field in _SYSTEM if values.get(field)), None)
-    if not field:
+    given = [field for field in _SYSTEM if values.get(field)]
+    if not given:
         return messages
+    field = given[0]
+    if len({str(values[name]) for name in given}) > 1:
+        raise RowFault("role-order", "has two system prompts, `system` and `system_prompt`", "one of them")
     first = _text(values[field], "system", field)
     if messages and _role(messages[0]) == "system":
         if messages[0] == first:
@@ -365,38 +374,21 @@ def _listed(fields: Set[str]) -> str:
 # ── The table ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _SYS = ("system",)
+_TEXT = (*_ABOUT, *_SYS)
 FORMATS = (
     Format("messages", ("messages",), Conversation, _conversation("messages"), _SYS),
     Format("ShareGPT", ("conversations",), Conversation, _conversation("conversations"), _SYS),
-    Format("prompt-completion", ("prompt", "completion"), Conversation, _turn("prompt", "completion"), _SYS),
-    Format("prompt-response", ("prompt", "response"), Conversation, _turn("prompt", "response"), _SYS),
-    Format(
-        "Alpaca",
-        ("instruction", "output"),
-        Conversation,
-        _turn("instruction", "output", "input"),
-        ("input", "system", "history"),
-    ),
-    Format(
-        "Dolly",
-        ("instruction", "response"),
-        Conversation,
-        _turn("instruction", "response", "context"),
-        ("context", "system"),
-    ),
-    Format("question-answer", ("question", "answer"), Conversation, _turn("question", "answer"), _SYS),
-    Format("question-response", ("question", "response"), Conversation, _turn("question", "response"), _SYS),
-    Format("query-response", ("query", "response"), Conversation, _turn("query", "response"), _SYS),
-    Format("preference pair", ("prompt", "chosen", "rejected"), PreferencePair, _pair("prompt"), _SYS),
+    Format("prompt-completion", ("prompt", "completion"), Conversation, _turn("prompt", "completion"), _TEXT),
+    Format("prompt-response", ("prompt", "response"), Conversation, _turn("prompt", "response"), _TEXT),
+    Format("Alpaca", ("instruction", "output"), Conversation, _turn("instruction", "output"), (*_TEXT, "history")),
+    Format("Dolly", ("instruction", "response"), Conversation, _turn("instruction", "response"), _TEXT),
+    Format("question-answer", ("question", "answer"), Conversation, _turn("question", "answer"), _TEXT),
+    Format("question-response", ("question", "response"), Conversation, _turn("question", "response"), _TEXT),
+    Format("query-response", ("query", "response"), Conversation, _turn("query", "response"), _TEXT),
+    Format("preference pair", ("prompt", "chosen", "rejected"), PreferencePair, _pair("prompt"), _TEXT),
     Format("implicit pair, or Anthropic HH", ("chosen", "rejected"), PreferencePair, _implicit_pair, _SYS),
-    Format("Orca pair", ("question", "chosen", "rejected"), PreferencePair, _pair("question"), _SYS),
-    Format(
-        "Alpaca pair",
-        ("instruction", "chosen", "rejected"),
-        PreferencePair,
-        _pair("instruction", "input"),
-        ("input", "system"),
-    ),
+    Format("Orca pair", ("question", "chosen", "rejected"), PreferencePair, _pair("question"), _TEXT),
+    Format("Alpaca pair", ("instruction", "chosen", "rejected"), PreferencePair, _pair("instruction"), _TEXT),
     Format("ShareGPT pair", ("conversations", "chosen", "rejected"), PreferencePair, _pair("conversations"), _SYS),
     Format("open question", ("prompt", "key_points"), Question, lambda v: {k: v[k] for k in ("prompt", "key_points")}),
     Format(

@@ -98,7 +98,7 @@ def _is_document(ahead: list[str], decoder: Decoder) -> str:
     try:
         _, end = decoder.decode_at(text, 0)
     except json.JSONDecodeError as error:
-        if error.pos < len(text) - 1:  # else it goes on
+        if error.pos < len(text):  # else it goes on
             return ""
         end = len(text)
     except (ValueError, RecursionError):

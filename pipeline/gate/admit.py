@@ -59,7 +59,7 @@ def admit(
         raise UserError("holds no rows", where=name, remedy=f"rows like {SHAPES[kind]}, one a line")
     broken = next((r for r in rejects.values() if r.rule.name == "broken-file"), None)
     if broken:  # one finding, and nobody knows how many rows
-        raise UserError(f"cannot be read to its end: {broken.reason}", where=broken.where, remedy=broken.rule.remedy)
+        raise UserError(f"cannot be read to its end: {broken.reason}", where=broken.where, remedy=broken.what_to_do)
     for found in () if quiet else warnings.values():
         for finding in found[:SHOWN]:
             say(f"warning: {finding.where}: {finding.text}")
@@ -67,7 +67,7 @@ def admit(
             say(f"         {len(found) - SHOWN} more of {found[0].rule.name}: aletheia data check {name}")
     if gate.failed:
         finding = next(f for f in rejects.values() if not f.line)
-        raise UserError(finding.text, where=finding.where, remedy=finding.rule.remedy)
+        raise UserError(finding.text, where=finding.where, remedy=finding.what_to_do)
     kept = [row for number, row in enumerate(rows) if number not in gate.dropped]
     refused = list(rejects.values())
     if not kept:
@@ -79,7 +79,7 @@ def admit(
 
 def _none(read: int, refused: Sequence[Finding], name: str) -> UserError:
     first = refused[0]
-    remedy = first.rule.remedy if len(refused) == 1 else f"aletheia data check {name}"
+    remedy = first.what_to_do if first.remedy or len(refused) == 1 else f"aletheia data check {name}"
     if first.rule.name in ("leak", "near-leak"):
         remedy = "rows that are not those of the evaluation or of validation.path"
     return UserError(f"none of {read} rows can be used: {first.text}", where=first.where, remedy=remedy)

@@ -15,6 +15,7 @@ class Finding:
     line: int  # 0: the set as a whole
     reason: str
     id: str = ""
+    remedy: str = ""  # where the rule's own does not fit
     item: int = 0  # which row of the file, where the line does not tell it
 
     @property
@@ -26,6 +27,10 @@ class Finding:
         """`D205 secret: an AWS access key in line 3`."""
         return f"{self.rule.code} {self.rule.name}: {self.reason}"
 
+    @property
+    def what_to_do(self) -> str:
+        return self.remedy or self.rule.remedy
+
     def as_json(self) -> dict[str, Any]:
         return {
             "file": self.file,
@@ -35,6 +40,7 @@ class Finding:
             "name": self.rule.name,
             "severity": self.rule.severity,
             "reason": self.reason,
+            "remedy": self.what_to_do,
             "id": self.id or None,
         }
 

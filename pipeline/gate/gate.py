@@ -98,13 +98,13 @@ class Gate:
             rule = self.rules[fault.rule]
             self._reject(count)
             self.found[rule.name] += 1
-            return None, [Finding(rule, file, raw.line, fault.what, item=raw.item)]
+            return None, [Finding(rule, file, raw.line, fault.what, remedy=fault.remedy, item=raw.item)]
         reasons: dict[str, list[str]] = defaultdict(list)
         for name, reason in self._faults(row):
             if name in self.rules:
                 reasons[name].append(reason)
         findings = [
-            Finding(self.rules[n], file, raw.line, "; ".join(why), row.id, raw.item) for n, why in reasons.items()
+            Finding(self.rules[n], file, raw.line, "; ".join(why), row.id, item=raw.item) for n, why in reasons.items()
         ]
         self.found.update(f.rule.name for f in findings)
         if any(f.rule.severity == "error" for f in findings):

@@ -209,7 +209,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "one", "completion": "two", "label": True}, "unknown-shape", "has a `label`, as KTO's rows"),
     ({"prompt": [Q], "completion": [A], "label": 0}, "unknown-shape", "has a `label`, as KTO's rows"),
     ({"messages": [Q, A], "prompt": "one", "completion": "two"}, "unknown-shape",
-     "could be messages {messages, system?} and prompt-completion {prompt, completion, system?}"),
+     "could be messages {messages, system?} and prompt-completion {prompt, completion, input?, context?, system?}"),
     ({"messages": [Q, A], "chosen": [Q, A], "rejected": [Q, BAD]}, "unknown-shape", "could be messages {messages, system?} and "),
     ({"text": "x"}, "unknown-shape", "has no known shape (found: text)"),
     ({}, "unknown-shape", "has no known shape (found: nothing)"),
@@ -291,6 +291,8 @@ def test_row_of_another_kind_than_wanted_says_the_field_it_misses(
 @pytest.mark.parametrize("content", SAME)
 def test_conversation_among_pairs_and_pair_among_conversations_say_so(content: str) -> None:
     for values in SAME[content]:
+        if {"conversations", "chosen"} <= values.keys():
+            continue  # holds both, and the kind decides
         wanted, said = (PreferencePair, "is a conversation, and preference pairs are wanted")
         if "chosen" in values:
             wanted, said = (Conversation, "is a preference pair, and conversations are wanted")
@@ -304,7 +306,9 @@ def test_null_in_a_field_of_a_known_format_is_an_empty_field_whatever_the_kind(k
     whole = next(v for v in [*ONE_TURN, *PAIR, *EVALUATION] if v.keys() >= {*known.fields})
     for field in known.fields:
         values = {name: whole[name] for name in known.fields} | {field: None, "system": None, "id": "r"}
-        for kind in (None, known.becomes):
+        rest = {name for name in known.fields if name != field}
+        told = not any({*other.fields} <= rest for other in FORMATS)  # else it may be the other, whole
+        for kind in (None, known.becomes) if told else (known.becomes,):
             found = fault(values, kind)
             assert (found.rule, found.what) == ("empty-field", f"{field}: is empty")
 
@@ -367,3 +371,28 @@ def test_message_of_any_odd_kind_is_a_fault_and_never_an_error() -> None:
                         row(good, kind)
                     except RowFault:
                         continue
+
+
+@pytest.mark.parametrize("about", ["input", "context"])
+@pytest.mark.parametrize("asked,said", [("question", "answer"), ("instruction", "response"), ("prompt", "completion")])
+def test_what_a_question_is_about_is_never_left_out(about: str, asked: str, said: str) -> None:
+    kind, values = converted({asked: "Count them.", about: "CREATE TABLE t (a int);", said: "Done."})
+    assert kind is Conversation
+    assert values["messages"][0] == {"role": "user", "content": "Count them.\n\nCREATE TABLE t (a int);"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "q", "answer": "a", "input": "one", "context": "another"},
+        {"prompt": "q", "completion": "a", "system": "one", "system_prompt": "another"},
+    ],
+)
+def test_two_texts_for_one_place_are_refused(row: dict[str, str]) -> None:
+    with pytest.raises(RowFault, match="has (both|two)"):
+        converted(row)
+
+
+def test_a_field_without_a_name_is_no_context() -> None:
+    _, values = converted({"question": "q", "answer": "a", "": "stray"})
+    assert values["messages"][0]["content"] == "q"
