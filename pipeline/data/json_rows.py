@@ -20,6 +20,7 @@ from pipeline.data.rows import RowFault
 CHUNK = 1 << 16  # characters
 _SPACE = re.compile(r"[ \t\n\r]*")
 _CUT = 12  # characters before the end of a piece in which a literal, an escape or a number may be cut
+LONGEST = 128_000_000  # characters of a row
 _AHEAD = 200  # lines that are read to tell a document from rows
 
 
@@ -68,18 +69,29 @@ def json_lines(text: TextIO) -> Iterator[Raw]:
     """One object a line; blank lines are passed over. A JSON document is one fault, not a fault a line."""
     decoder = Decoder()
     blank = list[str]()
-    for line in text:
+    lines = _bounded(text)
+    for line in lines:
         if not line.isspace():
             break
         blank.append(line)
     else:
         return
-    ahead = [line] if _is_object(line, decoder) else [line, *islice(text, _AHEAD)]
+    ahead = [line] if _is_object(line, decoder) else [line, *islice(lines, _AHEAD)]
     what = _is_document(ahead, decoder) if len(ahead) > 1 or line.lstrip()[:1] == "[" else ""
     if what:
         yield broken(len(blank) + 1, "broken-file", f"{what}, not an object a line", "name it .json")
         return
-    yield from _json_lines(chain(blank, ahead, text), decoder)
+    yield from _json_lines(chain(blank, ahead, lines), decoder)
+
+
+def _bounded(text: TextIO) -> Iterator[str]:
+    """Lines, of one that is too long its beginning: a small compressed file may hold one of many GB."""
+    while line := text.readline(LONGEST):
+        yield line
+        while len(line) >= LONGEST and line[-1] != "\n":
+            line = text.readline(LONGEST)
+            if len(line) < LONGEST:
+                break
 
 
 def _is_object(line: str, decoder: Decoder) -> bool:
@@ -111,6 +123,9 @@ def _is_document(ahead: list[str], decoder: Decoder) -> str:
 def _json_lines(lines: Iterable[str], decoder: Decoder) -> Iterator[Raw]:
     for number, line in enumerate(lines, 1):
         if line.isspace():
+            continue
+        if len(line) >= LONGEST:
+            yield broken(number, "broken-json", f"is a line of more than {LONGEST / 1e6:,.0f} million characters")
             continue
         fault = encoding_fault(line)
         if fault:

@@ -177,7 +177,9 @@ def _files(workspace: Workspace, folder: Path) -> list[Path]:
     for where, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
         real = os.path.realpath(where)
         folders[:] = [] if real in seen else [f for f in folders if not f.startswith(".")]
-        files += [] if real in seen else [Path(where, n) for n in names if not n.startswith(".")]
+        files += (
+            [] if real in seen else [p for n in names if not n.startswith(".") and not (p := Path(where, n)).is_fifo()]
+        )
         seen.add(real)
     lost = next((f for f in sorted(files) if not f.exists()), None)
     if lost:

@@ -389,7 +389,7 @@ def test_what_a_question_is_about_is_never_left_out(about: str, asked: str, said
     ],
 )
 def test_two_texts_for_one_place_are_refused(row: dict[str, str]) -> None:
-    with pytest.raises(RowFault, match="has (both|two)"):
+    with pytest.raises(RowFault, match=r"has (both|two)"):
         converted(row)
 
 

@@ -695,3 +695,21 @@ def test_hub_out_of_reach_is_one_line_with_a_remedy(home: Workspace, monkeypatch
     assert "network" in error.value.remedy
     with pytest.raises(UserError, match=r"^hub:./none: cannot be loaded: .*; try hub:OWNER/NAME"):
         list(source(home, "hub:./none").raws())
+
+
+def test_line_that_is_too_long_is_one_fault_and_the_next_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.data.json_rows.LONGEST", 100)
+    lines = [json.dumps({"prompt": "q", "completion": "a" * n}) for n in (10, 1000, 20, 60, 80)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    [source] = sources(Workspace(tmp_path), "rows.jsonl")
+    found = [(raw.line, raw.fault.what if raw.fault else "") for raw in source.raws()]
+    assert [line for line, _ in found] == [1, 2, 3, 4, 5]
+    assert [bool(what) for _, what in found] == [False, True, False, False, True]
+
+
+def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "b.jsonl")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "q", "completion": "a"}\n')
+    assert [s.shown for s in sources(Workspace(tmp_path), ".")] == ["a.jsonl"]
