@@ -102,7 +102,7 @@ def evaluation_leaks(
     leaks = Leaks(config.check.leak_words, config.check.near_duplicate)
     names = [f"{config.eval}/{part}" for part in ("questions", "choices")]
     found = [source for name in names if workspace.path(name).exists() for source in sources(workspace, name)]
-    forbidden = forbid(leaks, found) + forbid_tasks(leaks, folder, tasks)
+    forbidden = forbid(leaks, found) + forbid_tasks(leaks, folder, tasks, quiet)
     for row in extra:
         forbid_row(leaks, row)
     if not forbidden and not quiet:

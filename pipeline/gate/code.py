@@ -28,7 +28,9 @@ from dataclasses import dataclass
 from typing import Any
 
 MOST_CHARACTERS = 200_000  # a larger block is not checked
-MOST_SQL = 30_000  # sqlglot's time may grow with the square, and it may be asked once a dialect
+MOST_MARKDOWN = 150_000  # an answer that is longer is searched for no fences
+MOST_TOML = 20_000  # tomllib's time grows with the square of a key's parts
+MOST_SQL = 10_000  # sqlglot's time may grow with the square, and it may be asked once a dialect
 YAML_DEPTH = 200  # libyaml's does, too
 BASH_SECONDS = 10
 RUN_SECONDS = 10
@@ -55,7 +57,7 @@ class Block:
 def blocks(text: str) -> tuple[list[Block], int | None]:
     """All fenced blocks as CommonMark has them, in lists and quotes too, and the line of the first that is never closed
     (the block then reaches to the end of what it stands in)."""
-    if "```" not in text and "~~~" not in text:
+    if len(text) > MOST_MARKDOWN or ("```" not in text and "~~~" not in text):
         return [], None
     found: list[Block] = []
     unclosed: int | None = None
@@ -170,6 +172,8 @@ def _yaml(text: str, _: str) -> str | None:
 
 
 def _toml(text: str, _: str) -> str | None:
+    if len(text) > MOST_TOML:
+        return None
     try:
         tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

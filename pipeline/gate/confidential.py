@@ -11,7 +11,8 @@ Numbers are judged by phonenumbers and python-stdnum.
 What a manual would write is no finding: placeholders, the values of documentation, addresses at example.com, a URL's
 password at a host without a domain. NOT found are passwords made of words, those of fewer than 16 characters without
 both cases and a digit (and about one in seven with them, whose letters fall into runs), names of people, postal
-addresses, and phone numbers without a country's code.
+addresses, phone numbers without a country's code, and what stands behind the first `MOST` of a kind or behind thousands
+of numbers that are none: the time for a text grows with its length alone.
 """
 
 import base64
@@ -22,12 +23,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 
-from pipeline.gate.text import line_at
+from pipeline.gate.text import lines_of
 
 LONG = 16  # characters from which on the letters of a value tell whether it is random
 LINE, OVERLAP = 2_000, 400  # characters of a line looked at together: the time of some patterns grows with the square
+MOST = 20  # findings of a kind that are told
+MOST_NUMBERS = 5_000  # of a kind that are judged, which takes up to a tenth of a millisecond each
 
 # ── Secrets ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -44,7 +47,7 @@ _KEYS: dict[str, tuple[tuple[str, ...], str]] = {
     "a Slack token": (("xox", "hooks.slack.com"), "slack.SlackDetector"),
     "a Square secret": (("sq0csp-",), "square_oauth.SquareOAuthDetector"),
     "a Stripe key": (("k_live_",), "stripe.StripeDetector"),
-    "an OpenAI key": (("T3BlbkFJ",), "openai.OpenAIDetector"),
+    "an OpenAI key": (("T3BlbkFJ",), r"(?<![\w-])sk-[\w-]{0,160}[A-Za-z0-9]{20}T3BlbkFJ[A-Za-z0-9]{20}"),
     "an Anthropic key": (("sk-ant-",), r"\bsk-ant-[\w-]{30,}"),
     "a Hugging Face token": (("hf_",), r"\bhf_[A-Za-z0-9]{30,}"),
     "a Google key": (("AIza",), r"\bAIza[\w-]{35}"),
@@ -61,8 +64,8 @@ _SIGNATURE = re.compile(r"[\w-]{20,}", re.ASCII)
 _PEM_BODY = re.compile(r"[A-Z -]{0,20}(?:\s|\\[rn]|[A-Z][\w-]+: [^\n]*\n)*([A-Za-z0-9+/=]{40,})")
 _URL_HOST = re.compile(r"[\w.-]+")
 _NOBODYS = re.compile(r"^(?:localhost|127\..*|0\.0\.0\.0)$|(?:^|\.)example(?:\.\w+)?$|\.(?:test|invalid|localhost)$")
-_VALUE = re.compile(r"""[=:]>? ?(["']?)([A-Za-z0-9+/_.~!@#%^&*=-]{8,2048}+)(?=["'`\\\s,;)}]|\Z)""")
-_USER = re.compile(r"""(?<![\w-])(?:-u ?|--user[ =])["']?[^\s:"'$<]{1,64}:([^\s"'`]{8,})""")  # curl's
+_VALUE = re.compile(r"""[=:](?<=[A-Za-z"'\]\s:].)>? ?(["']?)([A-Za-z0-9+/_.~!@#%^&*=-]{8,2048}+)(?=["'`\\\s,;)}]|\Z)""")
+_USER = re.compile(r"""(?<![\w-])(?:-u ?|--user[ =])["']?[^\s:"'$<]{1,64}:([^\s"'`]{8,2048})""")  # curl's
 _NAMED_SECRET = re.compile(
     r"""(?:passw(?:or)?d|passphrase|pwd|secret|token|(?:api|access|auth|private|service|account|client|signing|encryption)[_-]?key)
     (?:[_-]?(?:key|access[_-]key|base|id))?["']?\]?\s*:?$""",
@@ -88,26 +91,38 @@ _HARMLESS_NAME = re.compile(
 
 
 def secrets(text: str) -> list[str]:
-    """What keys, tokens and passwords stand in a text, and in which line (from 1)."""
-    found: dict[str, None] = {}
+    """What keys, tokens and passwords stand in a text, and in which line (from 1); `MOST` of a kind, and that there are more."""
+    line = lines_of(text)
+    known: set[int] = set()  # lines with a key of a known form, which may be given to a name as well
+    found: list[str] = []
+
+    def tell(what: str, places: Iterator[tuple[int, str]]) -> None:
+        shown = ((f"{what}{value}", line(at)) for at, value in places)
+        found.extend(_told(shown, known))
+
     for what, (marks, source) in _KEYS.items():
         for mark in marks:
             if mark in text:
-                for at, value in _keys(text, mark, source):
-                    found[f"{what} ({value[:4]}…) in line {line_at(text, at)}"] = None
+                tell(what, _keys(text, mark, source))
     if "eyJ" in text:
-        for at in _tokens(text):
-            found[f"a JSON web token (eyJ…) in line {line_at(text, at)}"] = None
+        tell("a JSON web token (eyJ…)", _tokens(text))
     if "PRIVATE KEY" in text:
-        for at in _private_keys(text):
-            found[f"a private key in line {line_at(text, at)}"] = None
+        tell("a private key", _private_keys(text))
     if "://" in text and "@" in text:
-        for at in _url_passwords(text):
-            found[f"a password in a URL in line {line_at(text, at)}"] = None
-    for what, at in _given(text):
-        place = f"in line {line_at(text, at)}"
-        if not any(known.endswith(place) for known in found):  # a key of a known form, given to a name
-            found[f"{what} {place}"] = None
+        tell("a password in a URL", _url_passwords(text))
+    given = ((what, line(at)) for what, at in _given(text))
+    return [*found, *_told((one for one in given if one[1] not in known), set())]
+
+
+def _told(findings: Iterator[tuple[str, int]], lines: set[int]) -> list[str]:
+    """Each kind once a line; the lines are added to those given."""
+    found: dict[str, None] = {}
+    for what, line in findings:
+        told = f"{what} in line {line}"
+        if told not in found and len(found) == MOST:
+            return [*found, f"more, such as {told}"]
+        found[told] = None
+        lines.add(line)
     return list(found)
 
 
@@ -117,16 +132,16 @@ def _keys(text: str, mark: str, source: str) -> Iterator[tuple[int, str]]:
             for match in pattern.finditer(piece):
                 rest = _PREFIX.sub("", match[0], count=1)
                 if not _PLACEHOLDER.search(match[0]) and len(set(rest)) >= 8:
-                    yield offset + match.start(), match[0]
+                    yield offset + match.start(), f" ({match[0][:4]}…)"
 
 
-def _tokens(text: str) -> Iterator[int]:
+def _tokens(text: str) -> Iterator[tuple[int, str]]:
     for offset, piece in _pieces(text, "eyJ"):
         for pattern in _patterns("jwt.JwtTokenDetector"):
             for match in pattern.finditer(piece):
                 signature = _SIGNATURE.match(piece, match.end())
                 if signature and not _PLACEHOLDER.search(signature[0]) and _is_someones_token(match[0].rstrip(".")):
-                    yield offset + match.start()
+                    yield offset + match.start(), ""
 
 
 def _is_someones_token(token: str) -> bool:
@@ -143,15 +158,15 @@ def _is_someones_token(token: str) -> bool:
     return not isinstance(values, dict) or (str(values.get("sub")) != "1234567890" and values.get("name") != "John Doe")
 
 
-def _private_keys(text: str) -> Iterator[int]:
+def _private_keys(text: str) -> Iterator[tuple[int, str]]:
     for pattern in _patterns("private_key.PrivateKeyDetector"):
         for match in pattern.finditer(text):
             body = _PEM_BODY.match(text, match.end(), match.end() + LINE)
             if body and len(set(body[1])) >= 16:
-                yield match.start()
+                yield match.start(), ""
 
 
-def _url_passwords(text: str) -> Iterator[int]:
+def _url_passwords(text: str) -> Iterator[tuple[int, str]]:
     for offset, piece in _pieces(text, "@"):
         for pattern in _patterns("basic_auth.BasicAuthDetector"):
             for match in pattern.finditer(piece):
@@ -160,7 +175,7 @@ def _url_passwords(text: str) -> Iterator[int]:
                 mixed = re.search(r"\d", password) and re.search(r"[A-Za-z]", password)
                 known = _PLACEHOLDER.search(password) or not host or _NOBODYS.search(host[0].lower())
                 if len(password) >= 8 and mixed and not known:
-                    yield offset + match.start()
+                    yield offset + match.start(), ""
 
 
 def _given(text: str) -> Iterator[tuple[str, int]]:
@@ -169,7 +184,7 @@ def _given(text: str) -> Iterator[tuple[str, int]]:
         value, after = given[2], text[given.end() : given.end() + 1]
         if len(value) < LONG and not given[1] and after in (",", ")", "}"):  # an argument: a name, not a text
             continue
-        if _random(value) and _names_a_secret(text[max(0, given.start() - 60) : given.start()]):
+        if _names_a_secret(text[max(0, given.start() - 60) : given.start()]) and _random(value):
             yield "a secret given to a name", given.start(2)
     if "-u" in text:
         for given in _USER.finditer(text):
@@ -228,14 +243,13 @@ def _patterns(source: str) -> tuple[re.Pattern[str], ...]:
 
 
 def _pieces(text: str, mark: str) -> Iterator[tuple[int, str]]:
-    """The lines that hold a mark, the long ones in overlapping parts, each with its place in the text."""
-    start = 0
-    for line in text.split("\n"):
-        for part in range(0, max(1, len(line) - OVERLAP), LINE - OVERLAP):
-            piece = line[part : part + LINE]
-            if mark in piece:
-                yield start + part, piece
-        start += len(line) + 1
+    """What stands around each mark in its line, a long one in overlapping parts, each with its place in the text."""
+    at = text.find(mark)
+    while at >= 0:
+        first, last = max(0, at - OVERLAP), at + LINE - OVERLAP
+        start, end = max(first, text.rfind("\n", first, at) + 1), text.find("\n", at, last)
+        yield start, text[start : end if end >= 0 else last]
+        at = text.find(mark, end if end >= 0 else last - OVERLAP)
 
 
 def _words(text: str) -> frozenset[str]:
@@ -271,7 +285,7 @@ _ROLES = _words(
     enquiries inquiries editor maintainers dmarc dmarc-reports reports caa letsencrypt certs tls ssl dns dns-admin"""
 )
 _SHELLS = re.compile(r"\b(?:ssh|scp|sftp|rsync|mosh|sshfs|ssh-copy-id|autossh|git clone|git remote)\b")
-_PHONE = re.compile(r"\+(?<![\w.+/=-]\+)[1-9]\d{0,3}(?:[ .\-/]?\(?\d{1,5}\)?){2,7}(?![\w-])", re.ASCII)
+_PHONE = re.compile(r"\+(?<![\w.+/=-]\+)[1-9]\d*+(?:[ .\-/]?\(?\d++\)?){0,7}(?![\w-])", re.ASCII)
 _CARD = re.compile(r"[2-6](?<![\w.+-].)\d{3}([ -]?)(?:\d{4}\1\d{4}\1\d{4}|\d{6}\1\d{5})(?![\w-]|\.\d)", re.ASCII)
 _CARD_PREFIX = re.compile(
     r"(?:4\d{15}|5[1-5]\d{14}|(?:222[1-9]|22[3-9]\d|2[3-6]\d\d|27[01]\d|2720)\d{12}|3[47]\d{13}|6011\d{12}|6(?:4[4-9]|5\d)\d{13}"
@@ -295,18 +309,18 @@ _TEST_IBANS = _words(  # of ISO 13616's registry and other documentation
 
 
 def personal(text: str) -> list[str]:
-    """What addresses and numbers of people stand in a text, and in which line (from 1)."""
-    found: dict[str, None] = {}
+    """What addresses and numbers of people stand in a text, and in which line (from 1); as many as of secrets."""
+    line = lines_of(text)
     kinds: tuple[tuple[str, Callable[[str], Iterator[tuple[int, str]]]], ...] = (
         ("an e-mail address", _emails),
         ("a phone number", _phones),
         ("a payment card's number", _cards),
         ("an IBAN", _ibans),
     )
+    found: list[str] = []
     for what, find in kinds:
-        for at, shown in find(text):
-            found[f"{what} ({shown}) in line {line_at(text, at)}"] = None
-    return list(found)
+        found += _told(((f"{what} ({shown})", line(at)) for at, shown in find(text)), set())
+    return found
 
 
 def _emails(text: str) -> Iterator[tuple[int, str]]:
@@ -344,7 +358,7 @@ def _reserved(host: str) -> bool:
 def _phones(text: str) -> Iterator[tuple[int, str]]:
     if "+" not in text:
         return
-    for match in _PHONE.finditer(text):
+    for match in islice(_PHONE.finditer(text), MOST_NUMBERS):
         digits = re.sub(r"\D", "", match[0])
         if not 9 <= len(digits) <= 15 or re.search(r"(\d)\1{5}|1234567|2345678|9876543|^1\d{3}555|^447700900", digits):
             continue
@@ -359,7 +373,7 @@ def _phones(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _cards(text: str) -> Iterator[tuple[int, str]]:
-    for match in _CARD.finditer(text):
+    for match in islice(_CARD.finditer(text), MOST_NUMBERS):
         digits = re.sub(r"\D", "", match[0])
         if not _CARD_PREFIX.fullmatch(digits) or digits in _TEST_CARDS or "00000" in digits or len(set(digits)) < 5:
             continue
@@ -370,7 +384,7 @@ def _cards(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _ibans(text: str) -> Iterator[tuple[int, str]]:
-    for match in _IBAN.finditer(text):
+    for match in islice(_IBAN.finditer(text), MOST_NUMBERS):
         compact = match[0].replace(" ", "")
         if compact in _TEST_IBANS:
             continue

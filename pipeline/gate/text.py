@@ -7,8 +7,10 @@ Both look for what is surely wrong and let the rest be: text of any script is fi
 it cannot know. Refusals are known in English only.
 """
 
+import bisect
 import re
 import unicodedata
+from collections.abc import Callable
 
 REFUSAL_CHARACTERS = 200  # of an answer's beginning: a refusal that is only quoted stands further down
 
@@ -78,6 +80,19 @@ def _named(text: str, at: int) -> str:
 def line_at(text: str, at: int) -> int:
     """The line, from 1, of a place in a text."""
     return text.count("\n", 0, at) + 1
+
+
+def lines_of(text: str) -> Callable[[int], int]:
+    """`line_at` for many places of one text: its line ends are looked for once, when the first is asked for."""
+    ends: list[int] = []
+
+    def line(at: int) -> int:
+        if not ends:
+            ends.extend(match.start() for match in re.finditer("\n", text))
+            ends.append(len(text))
+        return bisect.bisect_left(ends, at) + 1
+
+    return line
 
 
 # ── Refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────

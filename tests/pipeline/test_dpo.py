@@ -17,13 +17,13 @@ from pipeline import private
 from pipeline.chat import Encoded
 from pipeline.data.read import read_rows
 from pipeline.data.rows import PreferencePair
-from pipeline.data.split import split
 from pipeline.dpo import Dpo, _figures
 from pipeline.errors import Interrupted, StageFailed, UserError
 from pipeline.model import Base
 from pipeline.records.find import records
 from pipeline.records.lifecycle import Record
 from pipeline.stage import Job, run_stage
+from pipeline.training_data import read
 from pipeline.workspace import Workspace
 
 Losses = Callable[[Any, Encoded], list[float]]
@@ -66,8 +66,7 @@ def test_recorded_margins_are_those_of_the_sft_and_the_dpo_adapter(
     trained: Any, base: Base, answer_losses: Losses
 ) -> None:
     """Before DPO the policy gives the SFT adapter's figures, and what plain peft loads afterwards gives the others."""
-    pairs = read_rows(trained.workspace, "data/dpo", PreferencePair)
-    _, held_out = split(pairs, trained.job().config.training_data.validation)
+    held_out = read(trained.workspace, trained.job().config, PreferencePair).held_out
     told = [
         json.loads(line) for line in (trained.record("dpo").folder / "heldout.jsonl").read_text("utf-8").splitlines()
     ]

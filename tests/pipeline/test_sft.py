@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from pipeline.chat import Encoded
 from pipeline.data.read import read_rows
 from pipeline.data.rows import Conversation
-from pipeline.data.split import split
 from pipeline.errors import StageFailed, UserError
 from pipeline.model import Base
 from pipeline.records.find import records
 from pipeline.records.lifecycle import Record
 from pipeline.sft import Sft
 from pipeline.stage import Job, run_stage
+from pipeline.training_data import read
 from pipeline.workspace import Workspace
 
 Losses = Callable[[Any, Encoded], list[float]]
@@ -53,8 +53,7 @@ def test_held_out_loss_falls_with_an_interval_that_excludes_0(trained: Any) -> N
 def test_recorded_held_out_losses_are_those_of_base_and_adapter(
     trained: Any, base: Base, answer_losses: Losses
 ) -> None:
-    rows = read_rows(trained.workspace, "data/sft", Conversation)
-    _, held_out = split(rows, trained.job().config.training_data.validation)
+    held_out = read(trained.workspace, trained.job().config, Conversation).held_out
     recorded = [
         json.loads(line) for line in (trained.record("sft").folder / "heldout.jsonl").read_text("utf-8").splitlines()
     ]

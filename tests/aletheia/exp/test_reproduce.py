@@ -55,7 +55,7 @@ def write_rows(root: Path) -> None:
             {"id": f"pair-{i}", "prompt": [ask], "chosen": [answer], "rejected": [turn("assistant", "No.")]}
             for i, (ask, answer) in enumerate(talks)
         ],
-        "eval/questions": [{"id": "q", "prompt": "What is a pod?", "key_points": ["containers"]}],
+        "eval/questions": [{"id": "q", "prompt": "Why do pods restart?", "key_points": ["containers"]}],
         "eval/choices": [{"id": "c", "question": "Which?", "choices": ["this", "that"], "answer": 0}],
     }
     for kind, values in rows.items():

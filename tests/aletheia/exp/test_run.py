@@ -101,9 +101,9 @@ def world(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> World:
 
             def describe_rows(self, record: Record) -> None:
                 if stage in ("sft", "dpo"):
-                    paths, rows = self.job.config.training_data, Rows(self.job.workspace)
+                    config, rows = self.job.config, Rows(self.job.workspace)
                     parts = ("train", "held_out")
-                    record.facts.data = {part: rows.describe(paths, f"{stage}.{part}") for part in parts}
+                    record.facts.data = {part: rows.describe(config, f"{stage}.{part}", set()) for part in parts}
 
         return Instant
 

@@ -34,6 +34,7 @@ Write = Callable[..., RecordFile]
 @pytest.fixture
 def chain(place: Workspace, write_record: Write) -> Workspace:
     """A workspace whose records are true. The weights are any bytes: only their hashes count here."""
+    (place.root / "data" / "eval").mkdir(parents=True)
     base = place.root / "base"
     base.mkdir()
     (base / "config.json").write_text("{}")
