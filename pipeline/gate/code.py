@@ -3,9 +3,10 @@
     found, unclosed = blocks(answer)
     what = fault(found[0], about=row_text)
 
-A block that parses may still be wrong; one whose language has no checker here, that is larger than `MOST_CHARACTERS`,
-nested deeper than its parser can follow, a transcript (`>>> `, `$ `) or a template (`{{ … }}`) is not checked at all.
-Python is checked against the version that runs this, and SQL with sqlglot, which takes more than a database does.
+A block that parses may still be wrong; one whose language has no checker here, that is larger than `MOST_CHARACTERS` (of
+TOML and SQL, than theirs) or stands in an answer larger than `MOST_MARKDOWN`, nested deeper than its parser can follow, a
+transcript (`>>> `, `$ `) or a template (`{{ … }}`) is not checked at all. Python is checked against the version that runs
+this, and SQL with sqlglot, which takes more than a database does.
 """
 
 import ast
@@ -30,7 +31,7 @@ from typing import Any
 MOST_CHARACTERS = 200_000  # a larger block is not checked
 MOST_MARKDOWN = 150_000  # an answer that is longer is searched for no fences
 MOST_TOML = 20_000  # tomllib's time grows with the square of a key's parts
-MOST_SQL = 10_000  # sqlglot's time may grow with the square, and it may be asked once a dialect
+MOST_SQL = 30_000  # in all dialects that are tried: sqlglot takes about a second for it, two where it fails
 YAML_DEPTH = 200  # libyaml's does, too
 BASH_SECONDS = 10
 RUN_SECONDS = 10
@@ -264,7 +265,8 @@ _BEFORE = re.compile(r"(?:\s|--[^\n]*|/\*(?s:.*?)\*/)*")  # comments
 def _sql(text: str, about: str) -> str | None:
     """A fault only where no SQL that the text names takes it; where it names none, no SQL at all.
 
-    A transcript is not checked, nor is a script that changes its delimiter to write statements inside statements.
+    Where `MOST_SQL` does not let all be tried, none is told. A transcript is not checked, nor is a script that changes its
+    delimiter to write statements inside statements.
     """
     if len(text) > MOST_SQL or _PROMPT.match(text) or _DELIMITER.search(text):
         return None
@@ -272,7 +274,9 @@ def _sql(text: str, about: str) -> str | None:
     mended = _VARIABLE.sub("'x'", _PLACEHOLDER.sub("x", _DRIVER.sub("?", source)))
     named = list(dict.fromkeys(str(match.lastgroup) for match in _NAMED.finditer(about)))
     first: str | None = None
-    for dialect in named or ("", *_DIALECTS):
+    for tried, dialect in enumerate(named or ("", *_DIALECTS)):
+        if tried and (tried + 1) * len(text) > MOST_SQL:
+            return None
         problem = _sql_problem(source, dialect)
         if problem and mended != source:
             problem = _sql_problem(mended, dialect) and problem

@@ -30,7 +30,7 @@ from pipeline.gate.text import lines_of
 LONG = 16  # characters from which on the letters of a value tell whether it is random
 LINE, OVERLAP = 2_000, 400  # characters of a line looked at together: the time of some patterns grows with the square
 MOST = 20  # findings of a kind that are told
-MOST_NUMBERS = 5_000  # of a kind that are judged, which takes up to a tenth of a millisecond each
+MOST_JUDGED = 5_000  # of a kind that are judged, which takes up to a tenth of a millisecond each
 
 # ── Secrets ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -117,7 +117,7 @@ def secrets(text: str) -> list[str]:
 def _told(findings: Iterator[tuple[str, int]], lines: set[int]) -> list[str]:
     """Each kind once a line; the lines are added to those given."""
     found: dict[str, None] = {}
-    for what, line in findings:
+    for what, line in islice(findings, MOST_JUDGED):
         told = f"{what} in line {line}"
         if told not in found and len(found) == MOST:
             return [*found, f"more, such as {told}"]
@@ -184,7 +184,7 @@ def _given(text: str) -> Iterator[tuple[str, int]]:
         value, after = given[2], text[given.end() : given.end() + 1]
         if len(value) < LONG and not given[1] and after in (",", ")", "}"):  # an argument: a name, not a text
             continue
-        if _names_a_secret(text[max(0, given.start() - 60) : given.start()]) and _random(value):
+        if _random(value) and _names_a_secret(text[max(0, given.start() - 60) : given.start()]):
             yield "a secret given to a name", given.start(2)
     if "-u" in text:
         for given in _USER.finditer(text):
@@ -358,7 +358,7 @@ def _reserved(host: str) -> bool:
 def _phones(text: str) -> Iterator[tuple[int, str]]:
     if "+" not in text:
         return
-    for match in islice(_PHONE.finditer(text), MOST_NUMBERS):
+    for match in islice(_PHONE.finditer(text), MOST_JUDGED):
         digits = re.sub(r"\D", "", match[0])
         if not 9 <= len(digits) <= 15 or re.search(r"(\d)\1{5}|1234567|2345678|9876543|^1\d{3}555|^447700900", digits):
             continue
@@ -373,7 +373,7 @@ def _phones(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _cards(text: str) -> Iterator[tuple[int, str]]:
-    for match in islice(_CARD.finditer(text), MOST_NUMBERS):
+    for match in islice(_CARD.finditer(text), MOST_JUDGED):
         digits = re.sub(r"\D", "", match[0])
         if not _CARD_PREFIX.fullmatch(digits) or digits in _TEST_CARDS or "00000" in digits or len(set(digits)) < 5:
             continue
@@ -384,7 +384,7 @@ def _cards(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _ibans(text: str) -> Iterator[tuple[int, str]]:
-    for match in islice(_IBAN.finditer(text), MOST_NUMBERS):
+    for match in islice(_IBAN.finditer(text), MOST_JUDGED):
         compact = match[0].replace(" ", "")
         if compact in _TEST_IBANS:
             continue

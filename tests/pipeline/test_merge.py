@@ -206,7 +206,8 @@ def test_a_bf16_base_in_shards_merges_within_rounding(
     assert expected.keys() == found.keys()
     for name, tensor in found.items():
         assert tensor.dtype == torch.bfloat16
-        assert ((tensor.double() - expected[name]).abs() <= expected[name].abs() * 2**-8 + 1e-12).all(), name
+        near_zero = 1e-8  # the sum is a float32, whose own error counts there
+        assert ((tensor.double() - expected[name]).abs() <= expected[name].abs() * 2**-8 + near_zero).all(), name
     model, report = AutoModelForCausalLM.from_pretrained(merge.output / "model", output_loading_info=True)
     assert model.dtype == torch.bfloat16 and not report["missing_keys"]
 

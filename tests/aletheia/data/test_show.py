@@ -462,7 +462,8 @@ FILES: dict[str, tuple[dict[str, str | bytes], str]] = {
     "an empty file": ({"a.jsonl": ""}, r"error: mine: holds no rows.*"),
     "no known shape": ({"a.jsonl": '{"text": "x"}'}, r"error: mine/a\.jsonl:1: .*found: text.*"),
     "nothing but broken rows": (
-        {"a.jsonl": "{,\n[,\n"}, r"error: mine/a\.jsonl:1: is not JSON.*; 1 more rows are broken.*; try aletheia data check mine"),
+        {"a.jsonl": "{,\n[,\n"},
+        r"error: mine/a\.jsonl:1: is not JSON.*; 1 more rows are broken.*; try aletheia data check mine"),
     "not UTF-8": ({"a.jsonl": b'{"messages": "\xff"}\n'}, r"error: mine/a\.jsonl.*"),
 }  # fmt: skip
 

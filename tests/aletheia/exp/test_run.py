@@ -460,13 +460,14 @@ def test_real_stages_go_on_where_broken_rows_stopped_them(small_talk: Workspace,
     said = aletheia(small_talk, "exp", "run", file.id)
     assert (said.code, said.out) == (2, "")
     assert "error: data/dpo/few.jsonl:1: " in said.err
-    assert [facts.stage for _, facts in find.children(small_talk, file.id)] == ["sft"]
+    stopped = [(facts.stage, facts.status) for _, facts in find.children(small_talk, file.id)]
+    assert stopped == [("sft", "complete"), ("dpo", "failed")]
 
     rows.write_text(whole)
     said = aletheia(small_talk, "exp", "run", file.id)
     assert (said.code, said.out) == (0, f"experiments/{file.id}.yaml\n")
-    (sft, _), (_, dpo) = find.children(small_talk, file.id)
-    assert f"sft: {sft.id} is complete and kept" in said.err
+    (sft, _), *_, (_, dpo) = find.children(small_talk, file.id)
+    assert dpo.status == "complete" and f"sft: {sft.id} is complete and kept" in said.err
     assert [taken.id for taken in dpo.lineage.inputs] == [sft.id]
     assert [change.status for change in facts_of(file).history] == ["running", "failed", "running", "complete"]
     assert "verdict: supported" in said.err

@@ -161,6 +161,28 @@ def test_hostile_blocks_raise_nothing(language: str, text: str) -> None:
     assert found is None or len(found) < 300
 
 
+@pytest.mark.parametrize(
+    ("language", "text"),
+    [("toml", "a." * 60_000 + "a=1"), ("toml", "a = 1\n" * 5_000), ("sql", "a," * 2_000), ("yaml", "- &a a\n" * 9_000),
+     ("json", "[" * 100_000), ("python", "(" * 100_000), ("python", "x='" + "a" * 1_000_000), ("sh", "cat <<A\n" * 9_000)],
+    ids=lambda text: text[:9],
+)  # fmt: skip
+def test_a_long_hostile_block_is_done_with(language: str, text: str) -> None:
+    assert len(fault(Block(language, text, 1), "") or "") < 300
+
+
+@pytest.mark.parametrize(
+    "text", ["* a\n" * 250_000, "[a]: b\n" * 5_000, ">" * 50_000, "- " * 50_000, "- ```\n" * 3_000, "`" * 100_000]
+)
+def test_a_long_hostile_answer_is_done_with(text: str) -> None:
+    assert len(blocks(f"{text}\n```")[0]) <= 3_001
+
+
+def test_faulty_sql_is_told_only_where_all_its_dialects_were_tried() -> None:
+    text = "SELECT a FROM WHERE;\n" * 200
+    assert fault(Block("sql", text, 1), "PostgreSQL") and fault(Block("sql", text, 1), "") is None
+
+
 def test_the_shipped_rows_parse() -> None:
     broken = []
     for path in sorted((CHECKOUT / "data").rglob("*.jsonl")):

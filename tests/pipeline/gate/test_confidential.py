@@ -10,7 +10,7 @@ import string
 
 import pytest
 
-from pipeline.gate.confidential import personal, secrets
+from pipeline.gate.confidential import MOST, personal, secrets
 from pipeline.workspace import CHECKOUT
 
 _random = random.Random(4)
@@ -185,6 +185,25 @@ def test_what_is_nobodys_is_not_personal(text: str) -> None:
 )  # fmt: skip
 def test_hostile_text_raises_nothing(text: str) -> None:
     assert isinstance(secrets(text) + personal(text), list)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["=" * 40_000 + "|", ("=" + "a" * 9) * 20_000, (" +1" + "2" * 45 + "a") * 1_000, " +1 (1) 2-3/4.(5)6 7 8 9 1 a" * 5_000,
+     "AKIA hf_ ghp_ npm_ eyJ SG. xox @ ://" + "\n" * 100_000, "sk-" + ("a" * 21 + "T3Blbk" + "FJ") * 5_000, "a@b.de " * 20_000,
+     "+49 151 2345 6789\n" * 9_000, "BEGIN PRIVATE KEY" + " " * 200_000, ("hf_" + "aB3dE9fGh1" * 4 + " ") * 5_000],
+    ids=lambda text: ascii(text[:9]),
+)  # fmt: skip
+def test_a_long_hostile_text_is_done_with(text: str) -> None:
+    assert len(secrets(text)) + len(personal(text)) < 100
+
+
+def test_of_many_findings_the_first_are_told() -> None:
+    told = personal("\n".join(f"jane.smith{i}@firm.de" for i in range(500)))
+    assert len(told) == MOST + 1 and told[0].endswith("line 1") and told[-2].endswith(f"line {MOST}")
+    assert told[-1] == f"more, such as an e-mail address (…@firm.de) in line {MOST + 1}"
+    assert len(secrets("\n".join(f"password='a1{some(20)}'" for _ in range(500)))) == MOST + 1
+    assert len(personal("\n".join(f"jane.smith{i}@firm.de" for i in range(MOST)))) == MOST
 
 
 def test_the_shipped_rows_hold_neither() -> None:
