@@ -243,7 +243,9 @@ def encoded(
     """
     facts = rows.described(job)
     identity = base.identity()
-    if job.resume and any(record.output.glob("checkpoint-*")):  # else nothing is trained yet, and these rows are as good
+    if job.resume and any(
+        record.output.glob("checkpoint-*")
+    ):  # else nothing is trained yet, and these rows are as good
         _same_as_begun(job, record, base, identity, facts)
     record.facts.data = facts | {"contract": chat.contract.sha256}
     record.facts.lineage.base = identity
