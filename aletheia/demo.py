@@ -59,8 +59,8 @@ def _closing(job: Job, pipeline: Record) -> str:
     change = statistics.Change.model_validate(pipeline.facts.results["control"]["eval_loss"])
     verdict = change.verdict(lower_is_better=True)
     content = {
-        "better": "the right answers gained more than shuffled ones: some content was learnt",
-        "worse": "shuffled answers gained even more: nothing says that content was learnt",
+        "better": "right answers gained more than shuffled ones, in one run of each: it counts if other seeds agree",
+        "worse": "shuffled answers gained more, in one run of each: nothing says that content was learnt",
         "no difference shown": "no difference from shuffled answers is shown: nothing says that content was learnt",
     }[verdict]
     name = job.config.name
@@ -71,7 +71,8 @@ def _closing(job: Job, pipeline: Record) -> str:
     )
     return (
         f"\ncontrol  {content}\n"
-        f"         (held-out loss, right minus shuffled: {change.delta.text()} nats a token, n = {change.delta.n}){small}\n"
+        f"         (held-out loss, right minus shuffled: {change.delta.text()} nats a token, n = {change.delta.n};\n"
+        f"         the interval is over rows: another seed or order of rows has moved it by 0.01){small}\n"
         f"\nnext     make serve PROFILE={job.profile.id}          talk to it at http://127.0.0.1:8000/v1\n"
         f"         .venv/bin/aletheia exp list         all records\n"
         f"         cp configs/{job.profile.id}.yaml configs/mine.yaml, name your folder in it, make sft dpo merge PROFILE=mine\n"

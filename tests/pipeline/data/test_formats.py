@@ -298,7 +298,7 @@ def test_conversation_among_pairs_and_pair_among_conversations_say_so(content: s
             wanted, said = (Conversation, "is a preference pair, and conversations are wanted")
         found = fault(values, wanted)
         assert (found.rule, found.what) == ("missing-field", said)
-        assert "training_data.dpo names pairs" in found.remedy
+        assert "naming pairs in training_data.dpo" in found.remedy
 
 
 @pytest.mark.parametrize("known", FORMATS, ids=lambda known: known.name)
