@@ -114,7 +114,9 @@ def _check_kind(names: Set[str], kind: type[Row]) -> None:
         return  # half a pair
     if other and _known(names, other):
         what = f"is {_SINGULAR[other]}, and {NAMES[kind]} are wanted"
-        raise RowFault("missing-field", what, "naming pairs in training_data.dpo and conversations in training_data.sft")
+        raise RowFault(
+            "missing-field", what, "naming pairs in training_data.dpo and conversations in training_data.sft"
+        )
 
 
 def _check_names(names: Set[str], kind: type[Row] | None) -> None:
