@@ -20,11 +20,10 @@ from eval import judge, winrate
 from eval.measure import Items, Measurement, measure
 from pipeline import statistics
 from pipeline.chat import Chat
-from pipeline.config import Validation
 from pipeline.data import store
 from pipeline.data.read import read_rows
 from pipeline.data.rows import AnyRow, Conversation, PreferencePair, Question, describe, hashes
-from pipeline.data.split import split
+from pipeline.data.split import sample
 from pipeline.errors import UserError
 from pipeline.model import Base
 from pipeline.progress import say
@@ -174,19 +173,11 @@ def _items(job: Job, source: Source, parts: tuple[str, ...] | list[str]) -> Item
     if "benchmarks" in parts:
         items.tasks = find_tasks(folder, job.config.eval_config.tasks)
     if "winrate" in parts:
-        items.questions = _sample(
-            read_rows(job.workspace, f"{paths.eval}/questions", Question), job.config.eval_config.questions
-        )
+        questions = read_rows(job.workspace, f"{paths.eval}/questions", Question)
+        items.questions = sample(questions, job.config.eval_config.questions)
+        if len(items.questions) < len(questions):
+            say(f"win-rate: {len(items.questions)} of {len(questions)} open questions (eval_config.questions)")
     return items
-
-
-def _sample(questions: list[Question], wanted: int | None) -> list[Question]:
-    """So many of them, the same ones every time and the same share of each domain; all where `wanted` is none."""
-    if wanted is None or wanted >= len(questions):
-        return questions
-    _, sample = split(questions, Validation(fraction=wanted / len(questions), strategy="stratified", seed=0))
-    say(f"win-rate: {len(sample)} of {len(questions)} open questions (eval_config.questions)")
-    return sample
 
 
 def _held_out(job: Job, source: Source, kind: type[AnyRow]) -> list[AnyRow]:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from pipeline.config import Profile
 from pipeline.data.read import read_rows
 from pipeline.data.rows import Conversation, MultipleChoice, PreferencePair, Question, Row, describe, row_hash
+from pipeline.data.split import sample
 from pipeline.errors import UserError
 from pipeline.progress import say
 from pipeline.records import find, items
@@ -33,7 +34,7 @@ ROWS = {
     "sft": {"train": "sft.train", "held_out": "sft.held_out"},
     "dpo": {"train": "dpo.train", "held_out": "dpo.held_out"},
     "data": {p: p for p in ("sft.train", "sft.held_out", "dpo.train", "dpo.held_out", "questions", "choices")},
-    "eval": {"conversations": "sft.held_out", "pairs": "dpo.held_out", "questions": "questions"},
+    "eval": {"conversations": "sft.held_out", "pairs": "dpo.held_out", "questions": "questions.sample"},
 }
 KINDS: dict[str, type[Row]] = {
     "sft": Conversation,
@@ -157,11 +158,14 @@ class Rows:
         if key not in self._read:
             self._read[key] = (
                 read(self.workspace, config, KINDS[source], quiet=True)
-                if end
+                if source in ("sft", "dpo")
                 else read_rows(self.workspace, f"{paths.eval}/{source}", KINDS[source])
             )
         rows = self._read[key]
-        found = getattr(rows, end) if isinstance(rows, TrainingRows) else rows
+        if isinstance(rows, TrainingRows):
+            found = getattr(rows, end)
+        else:
+            found = sample(rows, config.eval_config.questions) if end == "sample" else rows
         return describe([row for row in found if row_hash(row) not in unfit])
 
 
@@ -187,11 +191,12 @@ def rows_config(facts: Facts) -> Profile:
     """What of its profile decides which rows it used. Raises `UserError` when it does not say so in today's words."""
     evaluation = facts.configuration.get("eval_config")
     tasks = evaluation.get("tasks", []) if isinstance(evaluation, dict) else []
+    questions = evaluation.get("questions") if isinstance(evaluation, dict) else None
     values = {
         "name": "rows",
         "base_model": "none",
         "training_data": facts.configuration.get("training_data"),
-        "eval_config": {"tasks": tasks},
+        "eval_config": {"tasks": tasks, "questions": questions},
     }
     try:
         return Profile.model_validate(values)

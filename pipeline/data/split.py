@@ -33,6 +33,13 @@ def split(rows: Sequence[AnyRow], validation: Validation) -> tuple[list[AnyRow],
     return [r for r in rows if id(r) not in held_out], [r for r in rows if id(r) in held_out]
 
 
+def sample(rows: list[AnyRow], wanted: int | None) -> list[AnyRow]:
+    """So many of them, the same ones every time and the same share of each domain; all where `wanted` is none."""
+    if wanted is None or wanted >= len(rows):
+        return rows
+    return split(rows, Validation(fraction=wanted / len(rows), strategy="stratified", seed=0))[1]
+
+
 def described(validation: Validation) -> dict[str, Any]:
     """How rows are split, for a record."""
     if validation.path:

@@ -7,7 +7,7 @@
     for finding in gate.finish(): ...
 
 A row with an error is rejected and takes no further part: no later row is its duplicate. What is kept of a row is some
-160 bytes, so that a million rows fit in memory; the rows themselves are not kept.
+230 bytes, so that a million rows fit in memory; the rows themselves are not kept.
 """
 
 import hashlib

@@ -9,7 +9,7 @@ import pytest
 from pipeline.config import Validation
 from pipeline.data.read import read_rows
 from pipeline.data.rows import Conversation, MultipleChoice, PreferencePair, Question, Row, describe
-from pipeline.data.split import described, shuffle_answers, split
+from pipeline.data.split import described, sample, shuffle_answers, split
 from pipeline.errors import UserError
 from pipeline.workspace import Workspace
 
@@ -335,3 +335,11 @@ def test_control_is_the_same_for_the_same_seed() -> None:
 def test_control_of_too_few_rows_is_refused() -> None:
     with pytest.raises(UserError, match="too few rows to shuffle"):
         shuffle_answers(conversations(1), 1)
+
+
+def test_a_sample_is_the_same_every_time_and_of_each_domain() -> None:
+    rows = conversations(40, domains=4)
+    found = sample(rows, 12)
+    assert len(found) == 12 and {row.domain for row in found} == {"d0", "d1", "d2", "d3"}
+    assert {r.id for r in sample(rows[::-1], 12)} == {r.id for r in found}
+    assert sample(rows, None) == sample(rows, 40) == rows
