@@ -38,10 +38,9 @@ ENDED_EARLY = ("failed", "cancelled", "dead")  # what may be taken up again
 class Record:
     """An open record: the typed facts, its file, its folder and whether someone asked to stop."""
 
-    def __init__(self, file: RecordFile, facts: Facts, workspace: Workspace) -> None:
-        self.file, self.facts, self.workspace = file, facts, workspace
+    def __init__(self, file: RecordFile, facts: Facts, workspace: Workspace, stop: "StopRequest") -> None:
+        self.file, self.facts, self.workspace, self.stop = file, facts, workspace, stop
         self.id = file.id
-        self.stop = StopRequest()
         self.of_stages: dict[str, dict[str, Any]] = {}  # a pipeline experiment: the results of its stages, by name
         file.folder.mkdir(exist_ok=True)
 
@@ -82,9 +81,16 @@ class Record:
 class StopRequest:
     """Ctrl-C, SIGTERM and SIGHUP. Inside `deferred()` the first one only sets `requested`; otherwise it raises."""
 
-    def __init__(self) -> None:
+    def __init__(self, deferring: bool = False) -> None:
+        """`deferring`: from the start, until `heed`."""
         self.requested: str | None = None
-        self._deferring: str | None = None
+        self._deferring: str | None = "" if deferring else None
+
+    def heed(self) -> None:
+        """Ends what was deferred from the start. Raises `Interrupted` when a signal came meanwhile."""
+        self._deferring = None
+        if self.requested:
+            raise Interrupted(f"interrupted by {self.requested}")
 
     @contextmanager
     def deferred(self, meanwhile: str = "") -> Iterator[None]:
@@ -147,29 +153,32 @@ def open_record(
         overrides=overrides,
         configuration=configuration,
     )
-    file = file or RecordFile(ids.allocate(workspace, lambda name, date: upper_half(name, date, person)))
-    with _held(file, workspace):
-        earlier = file.facts()
-        check_may_run(workspace, file, earlier)
-        if earlier is None:
-            fresh.verdict = _freeze(file, workspace)
-        record = Record(file, earlier or fresh, workspace)
-        with record.stop.listening(), _closing(record):
-            meter = capture.Meter(cost)
-            record.facts.failure = None
-            code, known = capture.code(record.folder), earlier.code if earlier else {}
-            if known | code != known:  # a run that is taken up often, by the same code, names it once
-                record.facts.code = code | ({"before_resume": known} if known else {})
-            record.change_status("running", "resumed" if earlier else None)
-            say(f"{stage}  {workspace.shown(file.path)}")
-            try:
-                yield record
-            finally:
-                record.facts.environment = capture.environment()
-                record.facts.resources = _add_up(earlier.resources if earlier else None, meter.read())
-            record.judge()
-            record.change_status("complete")
-        _say_verdict(record.facts.verdict)
+    stop = StopRequest(deferring=True)  # a signal before the record can say so waits until it can
+    with stop.listening():
+        file = file or RecordFile(ids.allocate(workspace, lambda name, date: upper_half(name, date, person)))
+        with _held(file, workspace):
+            earlier = file.facts()
+            check_may_run(workspace, file, earlier)
+            if earlier is None:
+                fresh.verdict = _freeze(file, workspace)
+            record = Record(file, earlier or fresh, workspace, stop)
+            with _closing(record):
+                stop.heed()
+                meter = capture.Meter(cost)
+                record.facts.failure = None
+                code, known = capture.code(record.folder), earlier.code if earlier else {}
+                if known | code != known:  # a run that is taken up often, by the same code, names it once
+                    record.facts.code = code | ({"before_resume": known} if known else {})
+                record.change_status("running", "resumed" if earlier else None)
+                say(f"{stage}  {workspace.shown(file.path)}")
+                try:
+                    yield record
+                finally:
+                    record.facts.environment = capture.environment()
+                    record.facts.resources = _add_up(earlier.resources if earlier else None, meter.read())
+                record.judge()
+                record.change_status("complete")
+            _say_verdict(record.facts.verdict)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from pipeline.errors import Interrupted, StageFailed, UserError
-from pipeline.records import capture
+from pipeline.records import capture, ids
 from pipeline.records.file import RecordFile
 from pipeline.records.lifecycle import Record, StopRequest, close_dead, liveness
 from pipeline.records.schema import Facts, StatusChange
@@ -129,6 +129,24 @@ def test_a_signal_closes_the_record_as_cancelled(place: Workspace, number: signa
     assert facts.results == {"loss": 1.5}
     assert facts.history[-1].note == f"interrupted by {number.name}"
     assert facts.resources["wall_seconds"] > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_while_the_record_is_opened_closes_it_as_cancelled(
+    place: Workspace, opened: Open, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocate = ids.allocate
+
+    def signalled(*given: Any) -> Path:
+        path = allocate(*given)
+        signal.raise_signal(number)  # the file is there, and nothing stands below its line yet
+        return path
+
+    monkeypatch.setattr(ids, "allocate", signalled)
+    with pytest.raises(Interrupted, match=number.name), opened():
+        raise AssertionError("the block must not begin")
+    (path,) = ids.newest_first(place)
+    assert read(RecordFile(path)).status == "cancelled"
 
 
 def test_a_killed_run_reads_as_dead_and_keeps_what_it_had(place: Workspace) -> None:
