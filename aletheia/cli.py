@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.exceptions import Abort, Exit, TyperException
+from typer.exceptions import Abort, TyperException
 
 from aletheia.data.commands import app as data_app
 from aletheia.exp.commands import app as exp_app
@@ -27,8 +27,8 @@ from aletheia.options import (
     ResumeOption,
     SetOption,
 )
-from aletheia.output import printable
 from pipeline.errors import AletheiaError, UserError
+from pipeline.progress import printable
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -229,10 +229,10 @@ def main() -> None:
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
         code = app(prog_name="aletheia", standalone_mode=False)
+        if code == 130:  # all that typer leaves of Ctrl-C
+            raise KeyboardInterrupt
     except AletheiaError as error:
         code = _report(str(error), error.exit_code, debug)
-    except Exit as error:
-        code = _report("interrupted", 130, debug) if error.exit_code == 130 else error.exit_code
     except (Abort, KeyboardInterrupt):
         code = _report("interrupted", 130, debug)
     except TyperException as error:

@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.progress import printable
+
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
@@ -19,8 +21,3 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]], out: Any) 
         cells = "  ".join(f"{cell:<{width}}" for cell, width in zip(row[:-1], widths, strict=True))
         for index, line in enumerate(row[-1] or [""]):
             print(f"{cells if index == 0 else ' ' * len(cells)}  {printable(line)}".rstrip(), file=out)
-
-
-def printable(cell: Any) -> str:
-    """One line, and nothing in it that a terminal would obey: a cell may come from a file that someone edited."""
-    return "".join(letter if letter.isprintable() else " " for letter in str(cell))

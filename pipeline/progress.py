@@ -8,15 +8,20 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
 LINE_EVERY = 10.0  # seconds between progress lines where there is no terminal
 
 
 def say(text: str) -> None:
-    """One note to the person, on stderr; stdout is for data. What a terminal would obey is taken out: rows are anybody's."""
-    _write("".join(letter if letter.isprintable() or letter in "\n\t" else " " for letter in text) + "\n")
+    """One note to the person, on stderr; stdout is for data."""
+    _write(printable(text, but="\n\t") + "\n")
+
+
+def printable(text: Any, but: str = "") -> str:
+    """Nothing in it, `but` these, that a terminal would obey: it may come from a file that someone edited. So one line."""
+    return "".join(letter if letter.isprintable() or letter in but else " " for letter in str(text))
 
 
 def _write(text: str) -> None:

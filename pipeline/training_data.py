@@ -15,13 +15,12 @@ from typing import Any, Generic, TypeVar
 from pipeline.chat import Chat, Encoded
 from pipeline.config import Profile
 from pipeline.data import store
-from pipeline.data.rows import AnyRow, Conversation, PreferencePair, Row, describe, hashes, row_hash
+from pipeline.data.rows import AnyRow, Conversation, PreferencePair, Row, describe, hashes, row_hash, text_digest
 from pipeline.data.split import described, split
 from pipeline.errors import UserError
 from pipeline.gate import tokens
 from pipeline.gate.admit import Admitted, admit, evaluation_leaks, forbid_row
 from pipeline.gate.finding import Finding
-from pipeline.gate.gate import text_digest
 from pipeline.gate.leaks import Leaks
 from pipeline.gate.rules import BY_NAME
 from pipeline.model import Base
@@ -235,17 +234,16 @@ def encoded(
     rows: TrainingRows[AnyRow],
     encode: Callable[[AnyRow], Tokens],
     max_length: int,
-    alter: Callable[[list[AnyRow]], list[AnyRow]] = list,
+    alter: Callable[[list[AnyRow]], list[AnyRow]] | None = None,
 ) -> tuple[list[tuple[AnyRow, Tokens]], list[tuple[AnyRow, Tokens]]]:
-    """Training rows, as `alter` leaves them, and held-out rows, with their token ids; what was used goes into the record.
+    """Training rows, or what `alter` makes of them, and held-out rows, with token ids; what was used goes into the record.
 
     Raises `UserError` when a resume does not find what the run began with, or too many rows cannot be used.
     """
     facts = rows.described(job)
     identity = base.identity()
-    if job.resume and any(
-        record.output.glob("checkpoint-*")
-    ):  # else nothing is trained yet, and these rows are as good
+    begun = job.resume and any(record.output.glob("checkpoint-*"))
+    if begun:  # else nothing is trained yet, and these rows are as good
         _same_as_begun(job, record, base, identity, facts)
     record.facts.data = facts | {"contract": chat.contract.sha256}
     record.facts.lineage.base = identity
@@ -253,7 +251,8 @@ def encoded(
     say(f"rows: {rows.text()}")
     items.write_rows(record.folder, rows.parts())
     rejects = list(rows.rejects)
-    train = [(row, encode(row)) for row in _fitting(alter(rows.train), chat, max_length, rejects)]
+    used = list(_fitting(alter(rows.train), chat, max_length, rejects)) if alter else rows.train
+    train = [(row, encode(row)) for row in used]
     record.facts.data["rejected"] = len(rejects)
     write_rejects(record.folder, rejects)
     record.save()

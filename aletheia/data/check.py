@@ -3,27 +3,26 @@
 import json
 import os
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from aletheia.data.snapshot import kind_of
-from aletheia.output import print_json, print_table, printable
+from aletheia.output import print_json, print_table
 from pipeline.config import Check, TrainingData
+from pipeline.data.read import kind_of
 from pipeline.data.rows import NAMES, Conversation, MultipleChoice, PreferencePair, Question, Row
 from pipeline.data.source import Source, sources
 from pipeline.errors import UserError
-from pipeline.gate.admit import forbid
+from pipeline.gate.admit import evaluation_parts, forbid
 from pipeline.gate.benchmarks import forbid_tasks
 from pipeline.gate.finding import Finding
 from pipeline.gate.gate import Gate, Tokenized, run
 from pipeline.gate.leaks import Leaks
 from pipeline.gate.rules import RULES
 from pipeline.gate.tokens import Totals
-from pipeline.progress import say
+from pipeline.progress import printable, say
 from pipeline.stage import Job
 from pipeline.workspace import Workspace
 
@@ -57,8 +56,8 @@ def check(
         mend(workspace, [source for source, _ in found], rules)
     leaks = _leaks(workspace, [source for source, _ in found], against, job)
     gate = Gate(rules, _tokenized(job) if job else None, leaks, run_code)
-    with _written(rejects, {source.path.resolve() for source, _ in found}) as out:
-        printer = Printer(sys.stderr if as_json else sys.stdout, every, as_json, out)
+    with _written(rejects, {source.path.resolve() for source, _ in found}) as write:
+        printer = Printer(sys.stderr if as_json else sys.stdout, every, as_json, write)
         run(gate, found, printer)
     if not gate.total.rows:
         raise UserError("holds no rows", where=", ".join(paths))
@@ -75,10 +74,7 @@ def _sources(
     """Each file once, with the kind of row that training takes it for. Raises `UserError` where nothing is named."""
     kinds: dict[str, type[Row] | None] = {}
     if config and not paths:
-        kinds = {config.sft: Conversation, config.dpo: PreferencePair}
-        kinds |= {
-            f"{config.eval}/{part}": kind for part, kind in (("questions", Question), ("choices", MultipleChoice))
-        }
+        kinds = {config.sft: Conversation, config.dpo: PreferencePair, **evaluation_parts(workspace, config)}
     names = list(paths) or list(kinds)
     if not names:
         raise UserError("names nothing to check", where="data check", remedy="a path, or --profile NAME")
@@ -106,24 +102,44 @@ def _leaks(workspace: Workspace, found: Sequence[Source], against: Sequence[str]
 
 
 @contextmanager
-def _written(path: Path | None, read: set[Path]) -> Iterator[Any]:
-    """A file that is there once all is written. Raises `UserError` where it is one of those that are `read`."""
+def _written(path: Path | None, read: set[Path]) -> Iterator[Callable[[str], None] | None]:
+    """What writes a line to a file, which is there once all is written. Raises `UserError` where it is one of those `read`.
+
+    A link, a pipe or a device (/dev/null) is written into, not replaced: that would take it from the whole machine.
+    """
     if path is None:
         yield None
         return
     if path.resolve() in read or path.is_dir():
         raise UserError("is what is checked, or a folder", where=f"--rejects {path}", remedy="another file")
+    in_place = path.is_symlink() or (path.exists() and not path.is_file())
+    new = path if in_place else path.with_name(f".writing-{os.getpid()}")
+    with _writing(path):
+        out = new.open("w" if in_place else "x", encoding="utf-8")
+
+    def write(line: str) -> None:
+        with _writing(path):
+            out.write(line)
+
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=".writing-", delete=False, encoding="utf-8"
-        ) as out:
-            yield out
-        os.replace(out.name, path)
+        yield write
+        with _writing(path):
+            out.close()
+            if not in_place:
+                os.replace(new, path)
+    finally:
+        with suppress(OSError):
+            out.close()
+        if not in_place:
+            new.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}", where=f"--rejects {path}") from None
-    finally:
-        with suppress(OSError, UnboundLocalError):
-            Path(out.name).unlink(missing_ok=True)
 
 
 def print_rules(as_json: bool) -> None:
@@ -139,7 +155,7 @@ def print_rules(as_json: bool) -> None:
 class Printer:
     """Prints the first findings of each rule as they come; all of them to `rejects`."""
 
-    def __init__(self, out: TextIO, every: bool, as_json: bool, rejects: Any) -> None:
+    def __init__(self, out: TextIO, every: bool, as_json: bool, rejects: Callable[[str], None] | None) -> None:
         self.out, self.every, self.as_json, self.rejects = out, every, as_json, rejects
         self.counts: Counter[str] = Counter()
         self.kept: list[Finding] = []  # for JSON
@@ -149,7 +165,7 @@ class Printer:
     def __call__(self, finding: Finding) -> None:
         self.counts[finding.rule.name] += 1
         if self.rejects and finding.rule.severity == "error" and finding.where != self._last:  # a row's come together
-            self.rejects.write(json.dumps(finding.as_json(), ensure_ascii=False) + "\n")
+            self.rejects(json.dumps(finding.as_json(), ensure_ascii=False) + "\n")
             self._last = finding.where
         if self.as_json:
             if self.counts[finding.rule.name] <= KEPT:

@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
-from aletheia.output import printable
 from pipeline.data.degrade import Quality, degrade
-from pipeline.data.formats import converted
-from pipeline.data.rows import SHAPES, Conversation, RowFault, place, validated
+from pipeline.data.read import row_of
+from pipeline.data.rows import SHAPES, Conversation, RowFault, place
 from pipeline.data.source import sources
 from pipeline.errors import UserError
 from pipeline.progress import say
@@ -52,17 +51,14 @@ def _right(workspace: Workspace, name: str) -> list[Conversation]:
     wrong = 0
     for source in sources(workspace, name):
         for raw in source.raws():
-            item = getattr(raw, "item", 0)
             try:
-                if raw.values is None:
-                    raise raw.fault or AssertionError
-                row = validated(converted(raw.values, Conversation)[1], Conversation, source.shown, raw.line, item)
+                row = row_of(raw, source.shown, Conversation)
                 if row.id in seen:
                     raise RowFault("duplicate", f"the id `{row.id}` stands at {seen[row.id]} too")
             except RowFault as fault:
                 wrong += 1
                 if wrong <= SHOWN:
-                    say(printable(f"passed over: {place(source.shown, raw.line, item)}: {fault.what}"))
+                    say(f"passed over: {place(source.shown, raw.line, raw.item)}: {fault.what}")
                 continue
             seen[row.id] = row.where
             rows.append(row)

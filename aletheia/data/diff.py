@@ -6,14 +6,14 @@ import re
 import sys
 from typing import Any
 
-from aletheia.output import print_json, printable
+from aletheia.output import print_json
 from pipeline.data import store
 from pipeline.data.diff import Difference, Item, difference, fields
-from pipeline.data.formats import converted
-from pipeline.data.rows import KINDS, Row, RowFault, row_hash, validated
+from pipeline.data.read import row_of
+from pipeline.data.rows import KINDS, Row, RowFault, row_hash
 from pipeline.data.source import sources
 from pipeline.errors import UserError
-from pipeline.progress import say
+from pipeline.progress import printable, say
 from pipeline.records import find, items
 from pipeline.records.ids import ID
 from pipeline.workspace import Workspace
@@ -46,10 +46,7 @@ def _side(workspace: Workspace, name: str) -> list[Item]:
     for source in sources(workspace, name):
         for raw in source.raws():
             try:
-                if raw.values is None:
-                    raise raw.fault or AssertionError
-                kind, values = converted(raw.values)
-                row = validated(values, kind, source.shown, raw.line, raw.item)
+                row = row_of(raw, source.shown)
                 found.append(Item(row_hash(row), row.id, "", row))
             except RowFault:
                 broken += 1

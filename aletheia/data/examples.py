@@ -14,11 +14,10 @@ from functools import cached_property
 from itertools import groupby
 from typing import Literal
 
-from aletheia.output import printable
 from pipeline.chat import Chat, Encoded
-from pipeline.data.formats import converted
 from pipeline.data.raw import Raw
-from pipeline.data.rows import Conversation, PreferencePair, Row, RowFault, place, validated
+from pipeline.data.read import row_of
+from pipeline.data.rows import Conversation, PreferencePair, Row, RowFault, place
 from pipeline.data.source import Source, sources
 from pipeline.errors import UserError
 from pipeline.gate.tokens import Totals, encode, faults
@@ -115,7 +114,7 @@ class Reader:
         first_evaluation: Row | None = None
         for source, raw in self._raws():
             try:
-                row = _row(source, raw)
+                row = row_of(raw, source.shown)
             except RowFault as fault:
                 where = place(source.shown, raw.line, raw.item)
                 if wanted is not None and wanted in (where, str((raw.values or {}).get("id"))):
@@ -190,7 +189,7 @@ class Reader:
             return
         self.broken.append((where, what))
         if not silent:
-            say(printable(f"{where}: {what}"))
+            say(f"{where}: {what}")
 
     def _no_such(self, wanted: str, ids: Sequence[str]) -> UserError:
         near = difflib.get_close_matches(wanted, ids, n=1)
@@ -259,20 +258,10 @@ def heading(reader: Reader) -> str:
     return f"base and tokenizer {base.name}{revision}, chat contract {contract.sha256[:12]}"
 
 
-# ── The terminal ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def lengths(totals: Totals) -> list[tuple[str, dict[str, int]]]:
     """Of each domain: sequences, min, median, p95, max, in tokens; the largest domains, in the order of their names."""
     found = totals.as_json()["lengths"].items()
     return sorted(sorted(found, key=lambda item: -item[1]["sequences"])[:DOMAINS_SHOWN])
-
-
-def _row(source: Source, raw: Raw) -> Row:
-    if raw.values is None:
-        raise raw.fault or AssertionError("a row without values has a fault")
-    kind, values = converted(raw.values)
-    return validated(values, kind, source.shown, raw.line, raw.item)
 
 
 def _of_evaluation(row: Row) -> UserError:

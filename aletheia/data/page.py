@@ -5,8 +5,6 @@ code points, and a content security policy lets only the page's own two scripts 
 be loaded. Looks like the report (`aletheia/report`), whose style sheet it begins with.
 """
 
-import base64
-import hashlib
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from markupsafe import Markup, escape
 
 from aletheia.data import examples
 from aletheia.report.page import HERE as REPORT
+from aletheia.report.page import policy
 from pipeline.data.rows import NAMES
 from pipeline.gate.tokens import Totals
 
@@ -43,7 +42,7 @@ def page(reader: examples.Reader, shown: Sequence[examples.Example]) -> str:
     }
     return environment.get_template("page.html.j2").render(
         mark=Markup(examples.MARK),
-        policy=_policy(scripts),
+        policy=policy(scripts),
         css=Markup((REPORT / "page.css").read_text("utf-8") + (HERE / "page.css").read_text("utf-8")),
         scripts=list(map(Markup, scripts)),
         reader=reader,
@@ -134,13 +133,3 @@ def _characters(text: str, breaks: bool = False) -> Markup:
 
 def _name(character: str) -> str:
     return unicodedata.name(character, "control character").capitalize()
-
-
-def _policy(scripts: Sequence[str]) -> str:
-    """No script but these, nothing loaded from anywhere."""
-    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
-    return (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )

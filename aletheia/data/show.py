@@ -26,10 +26,11 @@ from aletheia.data.examples import (
     pieces,
     runs,
 )
-from aletheia.output import print_table, printable
+from aletheia.output import print_table
 from pipeline.chat import Chat
 from pipeline.data.rows import NAMES
 from pipeline.errors import UserError
+from pipeline.progress import printable
 from pipeline.records.file import write_atomically
 from pipeline.stage import Job
 

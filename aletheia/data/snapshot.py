@@ -6,9 +6,9 @@ from pathlib import Path
 
 from pipeline.config import Check
 from pipeline.data import store
-from pipeline.data.formats import converted
-from pipeline.data.rows import NAMES, Row, RowFault, describe
-from pipeline.data.source import Source, sources
+from pipeline.data.read import kind_of
+from pipeline.data.rows import NAMES, describe
+from pipeline.data.source import sources
 from pipeline.errors import UserError
 from pipeline.gate.admit import admit
 from pipeline.progress import say
@@ -29,14 +29,3 @@ def keep(names: Sequence[str]) -> None:
             say(f"rejected: {reject.where}: {reject.text}")
         say(f"{name}: {facts['rows']} of {admitted.read} rows kept; domains {json.dumps(facts['domains'])}")
         print(workspace.shown(Path(path)))
-
-
-def kind_of(source: Source) -> type[Row] | None:
-    """Of the first row that can be told."""
-    for raw in source.raws():
-        try:
-            if raw.values is not None:
-                return converted(raw.values)[0]
-        except RowFault:
-            continue
-    return None

@@ -58,7 +58,7 @@ def page(project: Project, folder: Path) -> str:
         .get_template("page.html.j2")
         .render(
             mark=Markup(MARK),
-            policy=_policy(scripts.values()),
+            policy=policy(scripts.values(), images="data: blob:"),
             css=Markup(_source("page.css")),
             scripts={name: Markup(script) for name, script in scripts.items()},
             project=project,
@@ -130,6 +130,16 @@ def totals(project: Project) -> dict[str, Any]:
     return {"seconds": sum(entry.seconds or 0 for entry in tops), "cost": cost}
 
 
+def policy(scripts: Iterable[str], images: str = "data:") -> str:
+    """A content security policy: no script but these, nothing loaded from anywhere; `images`: made by the page itself."""
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src {images}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
 def _environment(project: Project) -> Environment:
     linked = {entry.id for entry in project.whole}
     environment = Environment(
@@ -164,13 +174,3 @@ def _is_brief(value: Any) -> bool:
 
 def _source(name: str) -> str:
     return (HERE / name).read_text("utf-8")
-
-
-def _policy(scripts: Iterable[str]) -> str:
-    """No script but these, nothing loaded from anywhere."""
-    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
-    return (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'"
-    )

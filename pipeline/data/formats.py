@@ -12,29 +12,32 @@ system; a `system` or `system_prompt` beside the messages goes first; parts of a
 Whatever the format, every assistant's turn of a conversation is trained, also one of a `history` or a `prompt`.
 """
 
-import json
-import re
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.data.messages import (
+    ABOUT,
+    EMPTY,
+    SYSTEM,
+    Values,
+    is_dialogue,
+    message_of,
+    messages_of,
+    prompt_of,
+    role_of,
+    side_of,
+    with_system,
+)
 from pipeline.data.raw import called
 from pipeline.data.rows import KINDS, NAMES, Conversation, MultipleChoice, PreferencePair, Question, Row, RowFault
 
-Values = dict[str, Any]
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_FROM = _ROLES | {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
-_OF_TOOLS = ("tool", "function", "function_call", "tool_call", "observation", "ipython")
 _UNSUPPORTED = {  # fields that change what a row means, and why such a row is refused
     "tools": "calls of tools are not trained",
     "functions": "calls of tools are not trained",
     "chat_template_kwargs": "the chat template takes messages alone",
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "only text is trained"),
 }
-_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # Anthropic's HH
-_ABOUT = ("input", "context")  # what a question is about
-_SYSTEM = ("system", "system_prompt")  # the second is OpenOrca's
-_EMPTY: tuple[Any, ...] = (None, "", [], {}, "[]")
 _SINGULAR: dict[type[Row], str] = {Conversation: "a conversation", PreferencePair: "a preference pair"}
 _OTHER: dict[type[Row], type[Row]] = {
     Conversation: PreferencePair,
@@ -101,7 +104,7 @@ def _filled(values: Values, known: Format) -> Values:
     """An instruction may be empty where an input follows it; any other field may not."""
     for field in known.fields:
         if field not in values:
-            if field != "instruction" or not any(values.get(about) for about in _ABOUT):
+            if field != "instruction" or not any(values.get(about) for about in ABOUT):
                 raise RowFault("empty-field", f"{field}: is empty")
             values = values | {field: ""}
     return values
@@ -132,14 +135,20 @@ def _check_names(names: Set[str], kind: type[Row] | None) -> None:
 
 def _converted(values: Values, known: Format) -> Values:
     for field in _UNSUPPORTED.keys() & values.keys():
-        if values[field] not in _EMPTY:
+        if values[field] not in EMPTY:
             raise RowFault("unknown-shape", f"has `{field}`: {_UNSUPPORTED[field]}", "to leave such rows out")
-    used = {*known.fields, *known.optional, *_UNSUPPORTED, *(_SYSTEM if "system" in known.optional else ())}
+    used = {*known.fields, *known.optional, *_UNSUPPORTED, *(SYSTEM if "system" in known.optional else ())}
     texts = known.convert(values)
     row = {field: value for field, value in values.items() if field not in used or field in texts} | texts
     if type(row.get("id")) is int:
         row["id"] = str(row["id"])
     return row
+
+
+def _listed(fields: Set[str]) -> str:
+    """Names of fields, some of them: a row may be a table of thousands."""
+    names = [field[:40] for field in fields]
+    return ", ".join(names[:12] + ["…"] * (len(names) > 12)) or "nothing"
 
 
 # ── Conversations ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -152,7 +161,7 @@ def _conversation(field: str) -> Callable[[Values], Values]:
             raise RowFault("wrong-type", f"{field}: is {called(messages)}, not a list of messages")
         if not messages:
             raise RowFault("empty-field", f"{field}: is empty")
-        return {"messages": _with_system(values, _messages(messages, field))}
+        return {"messages": with_system(values, messages_of(messages, field))}
 
     return convert
 
@@ -163,8 +172,8 @@ def _turn(asked: str, answer: str) -> Callable[[Values], Values]:
     def convert(values: Values) -> Values:
         if str(values.get("label")).lower() in ("true", "false", "0", "1"):
             raise RowFault("unknown-shape", "has a `label`, as KTO's rows: whether to learn it or not is not trained")
-        prompt = _prompt(values, asked)
-        return {"messages": _with_system(values, [*_history(values), *prompt, *_side(values[answer], answer)])}
+        prompt = prompt_of(values, asked)
+        return {"messages": with_system(values, [*_history(values), *prompt, *side_of(values[answer], answer)])}
 
     return convert
 
@@ -178,7 +187,10 @@ def _history(values: Values) -> list[Any]:
     for number, pair in enumerate(history):
         if not isinstance(pair, list) or len(pair) != 2:
             raise RowFault("wrong-type", f"history.{number}: is no pair of an instruction and its output")
-        messages += [_text(pair[0], "user", f"history.{number}.0"), _text(pair[1], "assistant", f"history.{number}.1")]
+        messages += [
+            message_of(pair[0], "user", f"history.{number}.0"),
+            message_of(pair[1], "assistant", f"history.{number}.1"),
+        ]
     return messages
 
 
@@ -187,8 +199,8 @@ def _history(values: Values) -> list[Any]:
 
 def _pair(asked: str) -> Callable[[Values], Values]:
     def convert(values: Values) -> Values:
-        prompt = _with_system(values, _prompt(values, asked))
-        sides = {side: _after(prompt, _side(values[side], side), side) for side in ("chosen", "rejected")}
+        prompt = with_system(values, prompt_of(values, asked))
+        sides = {side: _after(prompt, side_of(values[side], side), side) for side in ("chosen", "rejected")}
         return {"prompt": prompt} | sides
 
     return convert
@@ -196,9 +208,9 @@ def _pair(asked: str) -> Callable[[Values], Values]:
 
 def _after(prompt: list[Any], side: list[Any], name: str) -> list[Any]:
     """What a side says after the prompt, which it may repeat, with or without its system message."""
-    if len(side) < 2 or _role(side[0]) == "assistant":
+    if len(side) < 2 or role_of(side[0]) == "assistant":
         return side
-    bare = prompt[1:] if _role(prompt[0] if prompt else None) == "system" else prompt
+    bare = prompt[1:] if role_of(prompt[0] if prompt else None) == "system" else prompt
     for repeated in (prompt, bare):
         if side[: len(repeated)] == repeated:
             return side[len(repeated) :]
@@ -208,9 +220,9 @@ def _after(prompt: list[Any], side: list[Any], name: str) -> list[Any]:
 def _implicit_pair(values: Values) -> Values:
     """The prompt is what both sides begin with. Without one the row is given back as it is: it misses its prompt."""
     given = {side: values[side] for side in ("chosen", "rejected")}
-    if not all(isinstance(value, list) or _is_dialogue(value) for value in given.values()):
+    if not all(isinstance(value, list) or is_dialogue(value) for value in given.values()):
         return given
-    chosen, rejected = (_side(value, side) for side, value in given.items())
+    chosen, rejected = (side_of(value, side) for side, value in given.items())
     if len(chosen) == len(rejected) == 1:
         return given
     most = min(len(chosen), len(rejected)) - 1
@@ -220,163 +232,13 @@ def _implicit_pair(values: Values) -> Values:
         raise RowFault(
             "prompt-mismatch", f"chosen and rejected differ from message {shared + 1} on, before the last of both"
         )
-    return {"prompt": _with_system(values, prompt), "chosen": chosen, "rejected": rejected}
-
-
-# ── Messages ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _prompt(values: Values, field: str) -> list[Any]:
-    """What is asked: messages, or a text with what it is about."""
-    value, given = values[field], [name for name in _ABOUT if values.get(name)]
-    if not given:
-        return _asked(value, field)
-    if len(given) > 1:
-        raise RowFault("unknown-shape", f"has both {' and '.join(f'`{name}`' for name in given)}", "one of them")
-    about = values[given[0]]
-    if not isinstance(value, str) or not isinstance(about, str):
-        raise RowFault("wrong-type", f"{field} and {given[0]}: are not both texts")
-    return [_text("\n\n".join(text for text in (value, about) if text.strip()), "user", field)]
-
-
-def _asked(value: Any, field: str) -> list[Any]:
-    if _is_dialogue(value):
-        messages = _dialogue(value, field)
-        return messages[:-1] if messages[-1] == {"role": "assistant", "content": ""} else messages
-    return [_text(value, "user", field)] if isinstance(value, str) else _listed_messages(value, field)
-
-
-def _side(value: Any, field: str) -> list[Any]:
-    """An answer, or a conversation that ends in one."""
-    if _is_dialogue(value):
-        return _dialogue(value, field)
-    return [_text(value, "assistant", field)] if isinstance(value, str) else _listed_messages(value, field)
-
-
-def _text(value: Any, role: str, field: str) -> dict[str, str]:
-    if not isinstance(value, str):
-        raise RowFault("wrong-type", f"{field}: is {called(value)}, not a text")
-    if not value.strip():
-        raise RowFault("empty-field", f"{field}: is empty")
-    return {"role": role, "content": value}
-
-
-def _is_dialogue(value: Any) -> bool:
-    return isinstance(value, str) and value.lstrip().startswith("Human:")
-
-
-def _dialogue(text: str, field: str) -> list[Any]:
-    """`\\n\\nHuman: … \\n\\nAssistant: …` as messages, without the space around them."""
-    _, *pieces = _SPEAKER.split(text)
-    speakers = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": speakers[who], "content": said.strip()} for who, said in zip(pieces[::2], pieces[1::2], strict=True)
-    ]
-
-
-def _listed_messages(value: Any, field: str) -> list[Any]:
-    if not isinstance(value, dict | list):
-        raise RowFault("wrong-type", f"{field}: is {called(value)}, neither a text nor messages")
-    return _messages([value] if isinstance(value, dict) else value, field)
-
-
-def _messages(value: list[Any], field: str) -> list[Any]:
-    """Each with a role and a content alone. Faults name the field as it stands in the row, not where it goes."""
-    if all(_is_plain(message) for message in value):
-        return value
-    return [_message(message, f"{field}.{number}") for number, message in enumerate(value)]
-
-
-def _is_plain(message: Any) -> bool:
-    return (
-        type(message) is dict
-        and len(message) == 2
-        and message.get("role") in ("user", "assistant", "system")
-        and type(content := message.get("content")) is str
-        and content != ""
-        and not content.isspace()
-    )
-
-
-def _message(message: Any, where: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise RowFault("wrong-type", f"{where}: is {called(message)}, not a message")
-    shown = {"role": "role", "content": "content"}
-    if message.get("role") is None and "from" in message:  # ShareGPT's names
-        names = {"from": "role", "value": "content"}
-        shown |= {names[key]: key for key in names.keys() & message.keys()}
-        message = {names.get(key, key): value for key, value in message.items() if key != "role"}
-        message["role"] = _FROM.get(str(message["role"]), message["role"])
-    result: dict[str, Any] = {}
-    for key, value in message.items():
-        if key == "role":
-            if value in _OF_TOOLS:
-                raise RowFault("unknown-shape", f"{where}.{shown[key]}: {value}: calls of tools are not trained")
-            result[key] = _ROLES.get(str(value), value)
-        elif key == "content":
-            result[key] = _joined(value, f"{where}.{shown[key]}") if isinstance(value, list) else value
-        elif key not in ("name", "id") and value not in _EMPTY and not (key == "weight" and value == 1):
-            raise RowFault(
-                "unknown-shape", f"{where}.{key}: {_REFUSED.get(key, 'is nothing that a message is trained with')}"
-            )
-    for key, name in shown.items():
-        if key not in result:
-            raise RowFault("missing-field", f"{where}.{name}: is missing")
-    if result["role"] not in ("system", "user", "assistant"):
-        what = f"is {json.dumps(result['role'], ensure_ascii=False)[:40]}, none of system, user and assistant"
-        raise RowFault("wrong-type", f"{where}.{shown['role']}: {what}")
-    _text(result["content"], "", f"{where}.{shown['content']}")
-    return result
-
-
-_REFUSED = {
-    "weight": "every answer weighs 1",
-    **dict.fromkeys(("tool_calls", "function_call", "tool_call_id"), "calls of tools are not trained"),
-}
-
-
-def _joined(parts: list[Any], where: str) -> str:
-    """OpenAI's parts of a content."""
-    texts: list[str] = []
-    for number, part in enumerate(parts):
-        kind = part.get("type") if isinstance(part, dict) else called(part)
-        text = part.get("text") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(text, str):
-            raise RowFault("unknown-shape", f"{where}.{number}: is a part of type {kind}: only text is trained")
-        texts.append(text)
-    return "\n".join(texts)
-
-
-def _with_system(values: Values, messages: list[Any]) -> list[Any]:
-    """A system prompt that stands in a field of its own goes first."""
-    given = [field for field in _SYSTEM if values.get(field)]
-    if not given:
-        return messages
-    field = given[0]
-    if len({str(values[name]) for name in given}) > 1:
-        raise RowFault("role-order", "has two system prompts, `system` and `system_prompt`", "one of them")
-    first = _text(values[field], "system", field)
-    if messages and _role(messages[0]) == "system":
-        if messages[0] == first:
-            return messages
-        raise RowFault("role-order", f"has a `{field}`, and another one as its first message")
-    return [first, *messages]
-
-
-def _role(message: Any) -> Any:
-    return message.get("role") if isinstance(message, dict) else None
-
-
-def _listed(fields: Set[str]) -> str:
-    """Names of fields, some of them: a row may be a table of thousands."""
-    names = [field[:40] for field in fields]
-    return ", ".join(names[:12] + ["…"] * (len(names) > 12)) or "nothing"
+    return {"prompt": with_system(values, prompt), "chosen": chosen, "rejected": rejected}
 
 
 # ── The table ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _SYS = ("system",)
-_TEXT = (*_ABOUT, *_SYS)
+_TEXT = (*ABOUT, *_SYS)
 FORMATS = (
     Format("messages", ("messages",), Conversation, _conversation("messages"), _SYS),
     Format("ShareGPT", ("conversations",), Conversation, _conversation("conversations"), _SYS),

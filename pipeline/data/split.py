@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipeline.config import Validation
-from pipeline.data.rows import AnyRow, Conversation, PreferencePair, Row, row_hash
+from pipeline.data.rows import AnyRow, Conversation, PreferencePair, Row, row_hash, text_digest
 from pipeline.errors import UserError
 from pipeline.progress import say
 
@@ -75,7 +75,7 @@ def _group(rows: Sequence[AnyRow], validation: Validation) -> list[AnyRow]:
     """Whole families. Two that have a text in common are one."""
     _check_group(rows, validation.group_by)
     names = {id(row): _family(row, validation.group_by) for row in rows}
-    families = _joined(rows, lambda row: (names[id(row)], _text(row)))
+    families = _joined(rows, lambda row: (names[id(row)], text_digest(row)))
     families.sort(key=lambda family: _rank(min(names[id(row)] for row in family), validation.seed))
     return _until(families, _share(rows, validation))
 
@@ -122,7 +122,8 @@ def _rank(name: str, seed: int) -> bytes:
 
 def _alike(rows: Iterable[AnyRow]) -> list[list[AnyRow]]:
     """Rows of equal text together, in an order that is not the rows'."""
-    return [sorted(unit, key=row_hash) if len(unit) > 1 else unit for unit in _joined(rows, lambda row: (_text(row),))]
+    units = _joined(rows, lambda row: (text_digest(row),))
+    return [sorted(unit, key=row_hash) if len(unit) > 1 else unit for unit in units]
 
 
 def _joined(rows: Iterable[AnyRow], keys: Callable[[AnyRow], Sequence[Hashable]]) -> list[list[AnyRow]]:
@@ -146,11 +147,6 @@ def _joined(rows: Iterable[AnyRow], keys: Callable[[AnyRow], Sequence[Hashable]]
     return list(units.values())
 
 
-def _text(row: Row) -> Hashable:
-    """What it says, whatever its id, domain or place."""
-    return type(row).__name__, tuple(row.asked), tuple(row.texts)
-
-
 def _value(row: Row, field: str) -> Any:
     """What the row says of itself; None where it does not, or only what every row says that does not."""
     extra = (row.model_extra or {}).get(field)
@@ -168,7 +164,8 @@ def _check_group(rows: Sequence[Row], field: str) -> None:
         there = sorted({name for row in rows for name in row.model_extra or {}})
         near = difflib.get_close_matches(field, there, 1)
         setting = "training_data.validation.group_by"
-        raise UserError(f"no row has `{field}`", remedy=f"{setting}: {near[0]}" if near else f"another {setting}")
+        remedy = f"{setting}: {near[0]}" if near else f"another {setting}"
+        raise UserError(f"no row has `{field}`", where=f"{setting}: {field}", remedy=remedy)
     if 0 < named < len(rows):
         say(f"note: {named} of {len(rows)} rows have `{field}`; the others are grouped by their prompt")
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Generic
 
 from pipeline.config import Check, TrainingData
-from pipeline.data.formats import converted
-from pipeline.data.rows import SHAPES, AnyRow, Question, Row, RowFault, validated
+from pipeline.data.read import row_of
+from pipeline.data.rows import SHAPES, AnyRow, MultipleChoice, Question, Row, RowFault
 from pipeline.data.source import Source, sources
 from pipeline.errors import UserError
 from pipeline.gate import gate as gates
@@ -92,22 +92,26 @@ def evaluation_leaks(
 
     None where there is nothing.
     """
-    folder = workspace.path(config.eval)
-    if not folder.is_dir():
-        raise UserError(
-            "there is no such folder, so nobody could tell what leaks into the evaluation",
-            where=f"training_data.eval: {config.eval}",
-            remedy="the folder, or an empty one where there is no evaluation",
-        )
     leaks = Leaks(config.check.leak_words, config.check.near_duplicate)
-    names = [f"{config.eval}/{part}" for part in ("questions", "choices")]
-    found = [source for name in names if workspace.path(name).exists() for source in sources(workspace, name)]
-    forbidden = forbid(leaks, found) + forbid_tasks(leaks, folder, tasks, quiet)
+    found = [source for name in evaluation_parts(workspace, config) for source in sources(workspace, name)]
+    forbidden = forbid(leaks, found) + forbid_tasks(leaks, workspace.path(config.eval), tasks, quiet)
     for row in extra:
         forbid_row(leaks, row)
     if not forbidden and not quiet:
         say(f"note: no evaluation rows in {config.eval}: leaks into them are not checked")
     return leaks if forbidden or extra else None
+
+
+def evaluation_parts(workspace: Workspace, config: TrainingData) -> dict[str, type[Row]]:
+    """The names of the parts of an evaluation that are there, with their kind. Raises `UserError` without its folder."""
+    if not workspace.path(config.eval).is_dir():
+        raise UserError(
+            "there is no such folder, so nobody could tell what leaks into the evaluation",
+            where=f"training_data.eval: {config.eval}",
+            remedy="the folder, or an empty one where there is no evaluation",
+        )
+    parts: dict[str, type[Row]] = {f"{config.eval}/questions": Question, f"{config.eval}/choices": MultipleChoice}
+    return {name: kind for name, kind in parts.items() if workspace.path(name).exists()}
 
 
 def forbid(leaks: Leaks, found: Sequence[Source], kinds: tuple[type[Row], ...] = (Row,)) -> int:
@@ -116,10 +120,7 @@ def forbid(leaks: Leaks, found: Sequence[Source], kinds: tuple[type[Row], ...] =
     for source in found:
         for raw in source.raws():
             try:
-                if raw.values is None:
-                    continue
-                kind, values = converted(raw.values)
-                row = validated(values, kind, source.shown, raw.line, raw.item)
+                row = row_of(raw, source.shown)
             except RowFault:
                 continue
             if isinstance(row, kinds):

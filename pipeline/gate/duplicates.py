@@ -85,10 +85,6 @@ class NearDuplicates:
             self._rows.append(self._count)
         self._count += 1
 
-    def skip(self) -> None:
-        """The next row takes no part."""
-        self._count += 1
-
     def pairs(self) -> Iterator[tuple[int, int, float]]:
         """(later row, earlier row, estimated similarity ≥ threshold), by later row, each at most once, with the most
         similar of the rows it was compared with.

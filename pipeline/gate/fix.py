@@ -23,10 +23,9 @@ from pipeline.config import Check
 from pipeline.data.formats import converted
 from pipeline.data.json_rows import Decoder
 from pipeline.data.raw import encoding_fault
-from pipeline.data.rows import Conversation, PreferencePair, Row, RowFault, validated
+from pipeline.data.rows import Conversation, PreferencePair, Row, RowFault, text_digest, validated
 from pipeline.data.source import Source
 from pipeline.errors import UserError
-from pipeline.gate.gate import text_digest
 from pipeline.gate.rules import selected
 from pipeline.gate.text import tidy
 from pipeline.progress import say

@@ -10,7 +10,6 @@ A row with an error is rejected and takes no further part: no later row is its d
 230 bytes, so that a million rows fit in memory; the rows themselves are not kept.
 """
 
-import hashlib
 import re
 from array import array
 from collections import Counter, defaultdict
@@ -20,8 +19,8 @@ from dataclasses import dataclass, field
 
 from pipeline.chat import Chat
 from pipeline.config import Check
-from pipeline.data.formats import converted
-from pipeline.data.rows import Conversation, PreferencePair, Row, RowFault, validated
+from pipeline.data.read import row_of
+from pipeline.data.rows import Conversation, PreferencePair, Row, RowFault, digest, text_digest
 from pipeline.data.source import Raw, Source
 from pipeline.gate import bias, code, confidential, text, tokens
 from pipeline.gate.duplicates import Exact, NearDuplicates
@@ -70,9 +69,8 @@ class Gate:
         self.found: Counter[str] = Counter()  # findings, by the rule's name
         self.dropped: set[int] = set()  # numbers of rows that only the set showed to be wrong
         self._places = Places()  # of the rows that passed, as all below
-        self._sorts: list[tuple[type[Row], str]] = []  # kinds and domains there are
-        self._numbers: dict[tuple[type[Row], str], int] = {}
-        self._sort = array("I")
+        self._sorts: list[tuple[type[Row], str]] = []  # kind and domain of each
+        self._known: dict[tuple[type[Row], str], tuple[type[Row], str]] = {}  # of which each is kept once
         self._ids, self._texts, self._sides = Exact(), Exact(), Exact()
         self._turned = bytearray()  # 1 where a pair's sides stand in descending order
         self._near = NearDuplicates(check.near_duplicate) if "near-duplicate" in self.rules else None
@@ -90,10 +88,7 @@ class Gate:
         for c in (count, self.total):
             c.rows += 1
         try:
-            if raw.values is None:
-                raise raw.fault or AssertionError("a row without values has a fault")
-            found_kind, values = converted(raw.values, kind)
-            row = validated(values, found_kind, file, raw.line, raw.item)
+            row = row_of(raw, file, kind)
         except RowFault as fault:
             rule = self.rules[fault.rule]
             self._reject(count)
@@ -110,7 +105,7 @@ class Gate:
         if any(f.rule.severity == "error" for f in findings):
             self._reject(count)
             return None, findings
-        self._count(file, found_kind, row.domain, 1)
+        self._count(file, type(row), row.domain, 1)
         self._remember(row)
         return row, findings
 
@@ -209,18 +204,15 @@ class Gate:
         number = self.passed
         self._places.add(row.file, row.line, row.item)
         sort = (type(row), row.domain)
-        if sort not in self._numbers:
-            self._numbers[sort] = len(self._sorts)
-            self._sorts.append(sort)
-        self._sort.append(self._numbers[sort])
-        self._ids.add(_digest(type(row).__name__, row.where if row.id == row.where else f"id {row.id}"))
+        self._sorts.append(self._known.setdefault(sort, sort))
+        self._ids.add(digest(type(row).__name__, row.where if row.id == row.where else f"id {row.id}"))
         self._texts.add(text_digest(row))
         if self._near:
             self._near.add("\n".join((*row.asked, *row.texts)))
         if isinstance(row, PreferencePair):
             chosen, rejected = row.answers
             self._pairs.append(number)
-            self._sides.add(_digest(*row.asked, *sorted((chosen, rejected))))
+            self._sides.add(digest(*row.asked, *sorted((chosen, rejected))))
             self._turned.append(chosen > rejected)
             self._chosen.append(len(chosen))
             self._rejected.append(len(rejected))
@@ -241,7 +233,7 @@ class Gate:
         if rule.severity == "error":
             self.dropped.add(number)
             self._reject(self.files[file])
-            self._count(file, *self._sorts[self._sort[number]], -1)
+            self._count(file, *self._sorts[number], -1)
         yield Finding(rule, file, line, reason, item=item)
 
     def _balance(self) -> Iterator[Finding]:
@@ -304,17 +296,3 @@ def run(
             progress.advance(size // MEGABYTE, note=f"{gate.total.rows:,} rows; compares them")
         for finding in gate.finish():
             on_finding(finding)
-
-
-def text_digest(row: Row) -> bytes:
-    """Over what a row says, whatever its id, domain or place."""
-    return _digest(type(row).__name__, *row.asked, *row.texts)
-
-
-def _digest(*parts: str) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        encoded = part.encode()
-        digest.update(len(encoded).to_bytes(8, "little"))
-        digest.update(encoded)
-    return digest.digest()

@@ -26,6 +26,7 @@ class Rule:
     fixable: bool = False  # by `--fix`
 
 
+_FIT = "a larger max_length, or shorter rows"
 RULES = (
     # ── reading
     Rule("D101", "encoding", "error", "bytes that are not UTF-8, or half a character", "save the file as UTF-8"),
@@ -53,10 +54,22 @@ RULES = (
         "D210", "edge-whitespace", "warning", "an answer that begins or ends in white space", "strip it", fixable=True
     ),
     # ── tokens: with a profile
-    Rule("D301", "too-long", "error", "a row of more tokens than max_length", "a larger max_length, or shorter rows"),
-    Rule("D302", "no-end-of-turn", "error", "a row that, cut at max_length, would never end", "as for too-long"),
-    Rule("D303", "nothing-trained", "error", "a row whose prompt alone fills max_length", "as for too-long"),
-    Rule("D304", "template", "error", "messages that the chat template refuses or changes", "as the message says"),
+    Rule("D301", "too-long", "error", "a row of more tokens than max_length", _FIT),
+    Rule("D302", "no-end-of-turn", "error", "a row that, cut at max_length, would never end", _FIT),
+    Rule(
+        "D303",
+        "nothing-trained",
+        "error",
+        "a row whose prompt alone fills max_length",
+        "a larger max_length, or a shorter prompt",
+    ),
+    Rule(
+        "D304",
+        "template",
+        "error",
+        "messages that the chat template refuses or changes",
+        "leave out what it does not take",
+    ),
     # ── the set
     Rule("D401", "duplicate", "error", "a row whose text stands in the set already", "drop it", fixable=True),
     Rule("D402", "near-duplicate", "warning", "a row nearly the same as an earlier one", "keep the better one"),
@@ -65,7 +78,7 @@ RULES = (
     Rule("D405", "unbalanced-domains", "warning", "a domain with far fewer rows than its share", "more rows of it"),
     # ── preference pairs
     Rule("D501", "same-sides", "error", "chosen and rejected that are the same", "drop the pair"),
-    Rule("D502", "same-when-cut", "error", "chosen and rejected that are the same up to max_length", "as for too-long"),
+    Rule("D502", "same-when-cut", "error", "chosen and rejected that are the same up to max_length", _FIT),
     Rule("D503", "prompt-mismatch", "error", "chosen and rejected that answer different prompts", "pair them anew"),
     Rule("D504", "refusal-chosen", "error", "a chosen answer that refuses", "swap or drop the pair"),
     Rule("D505", "swapped", "error", "a pair that another has the other way round", "keep the right one of the two"),

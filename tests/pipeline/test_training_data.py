@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -127,21 +128,30 @@ def test_a_path_that_is_no_folder_is_refused(job: Make, name: str) -> None:
 
 def test_pairs_made_of_held_out_conversations_are_said(job: Make, capsys: pytest.CaptureFixture[str]) -> None:
     asked = job("training_data.dpo=pairs.jsonl", "training_data.validation.fraction=0.34")
-    held_out = read(asked.workspace, asked.config, Conversation).held_out[0]
+    held_out = read(asked.workspace, asked.config, Conversation).held_out
     other = [turn("assistant", "Something else altogether.")]
     pairs = [
-        {"prompt": [turn("user", f"Is {n} prime, and why so?")], "chosen": [turn("assistant", f"It is {n}.")]}
-        for n in range(9)
+        {
+            "id": f"own-{n}",
+            "prompt": [turn("user", f"Is {n} prime, and why?")],
+            "chosen": [turn("assistant", f"It is {n}.")],
+        }
+        for n in range(5)
     ]
-    prompt, chosen = ([m.model_dump() for m in part] for part in (held_out.messages[:-1], held_out.messages[-1:]))
-    shared = {"prompt": prompt, "chosen": chosen}
-    pairs = [pair | {"rejected": other} for pair in (*pairs, shared)]
-    put(asked.workspace, "pairs.jsonl", *pairs)
+    for row in held_out:
+        *prompt, chosen = (m.model_dump() for m in row.messages)
+        pairs.append({"id": f"shared-{row.id}", "prompt": prompt, "chosen": [chosen]})
+    put(asked.workspace, "pairs.jsonl", *(pair | {"rejected": other} for pair in pairs))
     rows = read(asked.workspace, asked.config, PreferencePair)
-    expected = sum(row.asked == held_out.asked for row in rows.train)
-    found = say_what_the_other_holds_out(asked.workspace, asked.config, rows, PreferencePair)
-    assert found == expected
-    assert ("not of unseen rows" in capsys.readouterr().err) == bool(expected)
+    expected = sum(row.id.startswith("shared-") for row in rows.train)
+    assert len(rows.every) == 10 and len(rows.train) > expected >= 5 - len(rows.held_out) >= 1, (
+        "some of both are trained"
+    )
+    assert say_what_the_other_holds_out(asked.workspace, asked.config, rows, PreferencePair) == expected
+    assert "not of unseen rows" in capsys.readouterr().err
+    none = replace(rows, train=[row for row in rows.train if row.id.startswith("own-")])
+    assert say_what_the_other_holds_out(asked.workspace, asked.config, none, PreferencePair) == 0
+    assert "not of unseen rows" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", [Conversation, PreferencePair])

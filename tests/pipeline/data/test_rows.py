@@ -1,7 +1,7 @@
 """Rows at the door: what is read, what is refused with file and line, and what a hash counts."""
 
 import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from pipeline.workspace import Workspace
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 OTHER = {"role": "assistant", "content": "b"}
+Read = Callable[..., list[Any]]
 ROWS: dict[type[Row], dict[str, Any]] = {
     Conversation: {"messages": [USER, ASSISTANT]},
     PreferencePair: {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [OTHER]},
@@ -21,43 +22,22 @@ ROWS: dict[type[Row], dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Workspace:
-    return Workspace(tmp_path)
-
-
-def read(home: Workspace, *lines: str | bytes, kind: type[Any] = Conversation) -> list[Any]:
-    home.path("rows.jsonl").write_bytes(b"\n".join(v.encode() if isinstance(v, str) else v for v in lines))
-    return read_rows(home, "rows.jsonl", kind)
-
-
-def conversations(count: int, domains: int = 1, turns: int = 1) -> list[Conversation]:
-    return [
-        Conversation(
-            id=f"c{n}",
-            domain=f"d{n % domains}",
-            messages=[m for t in range(turns) for m in ({**USER}, {**ASSISTANT, "content": f"answer {n}.{t}"})],  # type: ignore[misc]
-        )
-        for n in range(count)
-    ]
-
-
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_only_the_text_fields_are_required_and_unknown_ones_are_kept(home: Workspace, kind: type[Row]) -> None:
-    (row,) = read(home, json.dumps(ROWS[kind] | {"source": "wiki"}), kind=kind)
+def test_only_the_text_fields_are_required_and_unknown_ones_are_kept(read: Read, kind: type[Row]) -> None:
+    (row,) = read(json.dumps(ROWS[kind] | {"source": "wiki"}), kind=kind)
     assert (row.id, row.where, row.domain) == ("rows.jsonl:1", "rows.jsonl:1", "unknown")
     assert row.source == "wiki"
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_missing_text_field_is_named_with_file_line_and_the_shape_wanted(home: Workspace, kind: type[Row]) -> None:
+def test_missing_text_field_is_named_with_file_line_and_the_shape_wanted(read: Read, kind: type[Row]) -> None:
     for field in ROWS[kind]:
         values = {k: v for k, v in ROWS[kind].items() if k != field} | {"text": "?"}
         with pytest.raises(UserError) as error:
-            read(home, json.dumps(ROWS[kind]), json.dumps(values), kind=kind)
+            read(json.dumps(ROWS[kind]), json.dumps(values), kind=kind)
         assert str(error.value).startswith(f"rows.jsonl:2: has no `{field}` (found: ")
         assert "text)" in str(error.value) and f'"{field}"' in error.value.remedy
 
@@ -73,10 +53,10 @@ def test_missing_text_field_is_named_with_file_line_and_the_shape_wanted(home: W
         ('{"messages": "hi"}', "messages: "),
     ],
 )
-def test_line_that_is_no_row_is_refused_with_file_and_line(home: Workspace, line: str | bytes, said: str) -> None:
+def test_line_that_is_no_row_is_refused_with_file_and_line(read: Read, line: str | bytes, said: str) -> None:
     good = json.dumps(ROWS[Conversation])
     with pytest.raises(UserError) as error:
-        read(home, good, "", line, good)
+        read(good, "", line, good)
     assert str(error.value).startswith("rows.jsonl:3: ") and said in str(error.value)
 
 
@@ -95,9 +75,9 @@ def test_line_that_is_no_row_is_refused_with_file_and_line(home: Workspace, line
         ([USER, ASSISTANT | {"weight": 0}], "messages.1.weight"),
     ],
 )
-def test_conversation_that_cannot_be_trained_is_refused(home: Workspace, messages: list[Any], said: str) -> None:
+def test_conversation_that_cannot_be_trained_is_refused(read: Read, messages: list[Any], said: str) -> None:
     with pytest.raises(UserError, match=f"^rows.jsonl:1: .*{said}"):
-        read(home, json.dumps({"messages": messages}))
+        read(json.dumps({"messages": messages}))
 
 
 @pytest.mark.parametrize(
@@ -111,34 +91,34 @@ def test_conversation_that_cannot_be_trained_is_refused(home: Workspace, message
         ({"prompt": []}, "prompt: "),
     ],
 )
-def test_pair_that_cannot_be_trained_is_refused(home: Workspace, change: dict[str, Any], said: str) -> None:
+def test_pair_that_cannot_be_trained_is_refused(read: Read, change: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=f"^rows.jsonl:1: {said}"):
-        read(home, json.dumps(ROWS[PreferencePair] | change), kind=PreferencePair)
+        read(json.dumps(ROWS[PreferencePair] | change), kind=PreferencePair)
 
 
 @pytest.mark.parametrize("answer", [2, -1, "1", True])
-def test_answer_that_is_no_choice_is_refused(home: Workspace, answer: Any) -> None:
+def test_answer_that_is_no_choice_is_refused(read: Read, answer: Any) -> None:
     with pytest.raises(UserError, match=r"^rows.jsonl:1: answer"):
-        read(home, json.dumps(ROWS[MultipleChoice] | {"answer": answer}), kind=MultipleChoice)
+        read(json.dumps(ROWS[MultipleChoice] | {"answer": answer}), kind=MultipleChoice)
 
 
-def test_byte_order_mark_crlf_and_blank_lines_are_read(home: Workspace) -> None:
+def test_byte_order_mark_crlf_and_blank_lines_are_read(read: Read) -> None:
     row = json.dumps(ROWS[Conversation]).encode()
-    rows = read(home, b"\xef\xbb\xbf" + row + b"\r", b"\r", row, b"")
+    rows = read(b"\xef\xbb\xbf" + row + b"\r", b"\r", row, b"")
     assert [r.where for r in rows] == ["rows.jsonl:1", "rows.jsonl:3"]
 
 
-def test_line_separators_inside_a_text_do_not_end_the_row(home: Workspace) -> None:
+def test_line_separators_inside_a_text_do_not_end_the_row(read: Read) -> None:
     text = "a\u2028b\u0085c\x0bd"
     values = {"messages": [USER, {"role": "assistant", "content": text}]}
-    (row,) = read(home, json.dumps(values, ensure_ascii=False))
+    (row,) = read(json.dumps(values, ensure_ascii=False))
     assert row.messages[1].content == text
 
 
-def test_id_that_stands_twice_is_refused_with_both_places(home: Workspace) -> None:
+def test_id_that_stands_twice_is_refused_with_both_places(read: Read) -> None:
     row = json.dumps(ROWS[Conversation] | {"id": "x"})
     with pytest.raises(UserError, match=r"^rows.jsonl:2: the id `x` stands at rows.jsonl:1 too$"):
-        read(home, row, row)
+        read(row, row)
 
 
 def test_folder_is_read_whole_in_the_order_of_names(home: Workspace) -> None:
@@ -171,16 +151,16 @@ def test_nothing_to_read_says_what_is_there(home: Workspace, name: str, said: st
 # ── Hash and split ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_description_depends_on_content_not_on_order_or_place(home: Workspace) -> None:
+def test_description_depends_on_content_not_on_order_or_place(read: Read) -> None:
     one, two = (json.dumps({"messages": [USER, {"role": "assistant", "content": c}]}) for c in "ab")
-    first = describe(read(home, one, two))
-    assert first == describe(read(home, "", two, one))
+    first = describe(read(one, two))
+    assert first == describe(read("", two, one))
     assert first["rows"] == 2 and first["domains"] == {"unknown": 2}
-    assert first["sha256"] != describe(read(home, one, two.replace('"b"', '"c"')))["sha256"]
+    assert first["sha256"] != describe(read(one, two.replace('"b"', '"c"')))["sha256"]
 
 
 def test_hash_counts_every_field_of_a_row() -> None:
-    (row,) = conversations(1)
+    row = Conversation.model_validate(ROWS[Conversation] | {"id": "x"})
     hashes = {row_hash(row.model_copy(update=u)) for u in ({}, {"id": "y"}, {"domain": "y"}, {"difficulty": "y"})}
     assert len(hashes) == 4
 
@@ -189,7 +169,7 @@ def test_hash_counts_every_field_of_a_row() -> None:
     ("extra", "said"),
     [('"\\ud800"', "half of a character"), ("[" * 300 + "]" * 300, "nested too deeply")],
 )
-def test_field_that_could_not_be_written_again_is_refused(home: Workspace, extra: str, said: str) -> None:
+def test_field_that_could_not_be_written_again_is_refused(read: Read, extra: str, said: str) -> None:
     line = json.dumps(ROWS[Conversation])[:-1] + f', "note": {extra}}}'
     with pytest.raises(UserError, match=f"^rows.jsonl:1: .*{said}"):
-        read(home, line)
+        read(line)

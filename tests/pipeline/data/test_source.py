@@ -53,11 +53,6 @@ WRITTEN: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
 }
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Workspace:
-    return Workspace(tmp_path)
-
-
 def write(home: Workspace, name: str, content: str | bytes) -> None:
     data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     path = home.path(name)

@@ -1,29 +1,17 @@
 """Splits and the control: who is held out, by which strategy, whatever the rows' order."""
 
 import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from pipeline.config import Validation
-from pipeline.data.read import read_rows
 from pipeline.data.rows import Conversation, MultipleChoice, PreferencePair, Question, Row, describe
 from pipeline.data.split import described, sample, shuffle_answers, split
 from pipeline.errors import UserError
-from pipeline.workspace import Workspace
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Workspace:
-    return Workspace(tmp_path)
-
-
-def read(home: Workspace, *lines: str | bytes, kind: type[Any] = Conversation) -> list[Any]:
-    home.path("rows.jsonl").write_bytes(b"\n".join(v.encode() if isinstance(v, str) else v for v in lines))
-    return read_rows(home, "rows.jsonl", kind)
 
 
 def conversations(count: int, domains: int = 1, turns: int = 1) -> list[Conversation]:
@@ -151,11 +139,13 @@ def test_nothing_older_is_held_out_in_place_of_rows_of_equal_text() -> None:
     assert [r.id for r in held_out] == ["c16", "c17", "c18", "c19"]
 
 
-def test_split_of_rows_without_ids_does_not_depend_on_their_line(home: Workspace) -> None:
+def test_split_of_rows_without_ids_does_not_depend_on_their_line(
+    read: Callable[..., list[Any]],
+) -> None:
     lines = [json.dumps({"messages": r.model_dump()["messages"]}) for r in conversations(40)]
 
     def held_out(*lines: str) -> set[str]:
-        return {r.messages[1].content for r in split(read(home, *lines), Validation(fraction=0.25, seed=1))[1]}
+        return {r.messages[1].content for r in split(read(*lines), Validation(fraction=0.25, seed=1))[1]}
 
     assert held_out(*lines) == held_out("", *reversed(lines))
 

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,11 +16,6 @@ ROWS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n} é\u2028"}]} | extra
     for n, extra in enumerate([{"id": "own", "source": "wiki"}, {}, {"domain": "d", "date": "2026-01-01"}])
 ]
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Workspace:
-    return Workspace(tmp_path)
 
 
 def read(home: Workspace, rows: list[dict[str, Any]]) -> list[Conversation]:

@@ -79,11 +79,11 @@ def test_planted_near_duplicates_are_found_and_others_are_not() -> None:
 def test_same_words_are_one_and_rows_are_numbered_with_those_that_take_no_part() -> None:
     found = NearDuplicates(0.8)
     found.add("Use a composite index.")
-    found.skip()
+    found.add("?")
     found.add("")
     found.add("use a COMPOSITE index")
     found.add("🙂 …")
-    found.skip()
+    found.add("")
     found.add("Use a - composite - index")
     assert list(found.pairs()) == [(3, 0, 1.0), (6, 0, 1.0)]
 
