@@ -4,9 +4,10 @@ The YAML files in `configs/` are read against these classes by `pipeline.profile
 typed values. `aletheia config explain` prints each one's effective value and where it came from.
 """
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -60,35 +61,84 @@ class TrainingData(Section):
 
 
 class LoraConfig(Section):
+    adapter: Literal["lora", "rslora", "dora"] = Field(
+        "lora",
+        description="rslora scales by alpha / sqrt(rank), for high ranks; dora learns each row's length apart, slower",
+    )
     lora_rank: Positive = Field(16, description="rank of the adapter's matrices; more learns more and costs memory")
     lora_alpha: Positive = Field(32, description="the adapter's update is scaled by alpha / rank")
     lora_dropout: Share = Field(0.0, description="share of the adapter's inputs dropped in training")
     target_modules: Literal["all-linear"] | list[str] = Field("all-linear", description="modules that get an adapter")
 
 
+class Guards(Section):
+    policy: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="on a trip: stop the run, skip the step, or rollback to the last checkpoint and go on after these rows",
+    )
+    most_trips: Positive = Field(5, description="skip and rollback: one more trip than this stops the run all the same")
+    spike: Annotated[float, Field(gt=1)] = Field(
+        100.0, description="a gradient norm this many times the largest before it is a spike"
+    )
+    explosion: Annotated[float, Field(gt=1)] = Field(
+        3.0, description="a loss this many times the usual, five steps in a row, is an explosion"
+    )
+
+
 class TrainingConfig(Section):
-    batch_size: Positive = Field(2, description="rows in one forward pass; memory")
+    batch_size: Positive = Field(
+        2, description="rows in one forward pass at full length; batch_size × max_length = its tokens"
+    )
     gradient_accumulation: Positive = Field(
-        16, description="passes before an optimiser step; batch_size × this = rows a step learns from"
+        16, description="batch_size × this = rows an optimiser step learns from, however they are executed"
+    )
+    packing: bool = Field(
+        True,
+        description="rows end to end, each attending to itself alone, no padding; false: padded, for a model that cannot",
+    )
+    pass_tokens: Positive | None = Field(
+        None, description="tokens in one forward pass: memory and speed, never what is learnt; null: what fits"
     )
     max_length: Positive = Field(2048, description="tokens; a longer row is rejected, never cut")
     warmup_ratio: Share = Field(0.05, description="share of the steps over which the rate rises from 0")
-    schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field(
-        "cosine", description="how the rate goes after warm-up"
+    schedule: Literal["cosine", "linear", "constant_with_warmup", "reduce_on_plateau"] = Field(
+        "cosine",
+        description="how the rate goes after warm-up; reduce_on_plateau: a tenth when the held-out loss stops falling",
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's pull of the adapter towards 0")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="gradients are clipped to this norm")
     save_steps: Positive = Field(50, description="steps between checkpoints one can resume from")
-    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about 0.7 × the speed")
+    gradient_checkpointing: Literal["auto", True, False] = Field(
+        "auto",
+        description="recompute activations: less memory, about 0.7 × the speed; auto: only when memory asks for it",
+    )
     evaluate_each_epoch: bool = Field(
         True,
         description="measure the held-out rows after every epoch, not only after the last: a forward pass over each",
     )
+    evaluate_steps: Positive | None = Field(None, description="measure the held-out rows every so many steps too")
+    early_stopping: Positive | None = Field(
+        None, description="stop after so many measurements without a lower held-out loss; null: never"
+    )
+    keep: Literal["last", "best"] = Field(
+        "last",
+        description="the adapter that later stages take; the best by held-out loss is kept beside the last as adapter-best",
+    )
+    domain_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="weight of a domain's rows in the loss; 1 where none is named"
+    )
+    guards: Guards = Field(Guards(), description="what stops a training that went wrong")
 
 
 class SftConfig(LoraConfig, TrainingConfig):
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="peak rate of AdamW")
     epochs: Annotated[float, Field(gt=0)] = Field(2.0, description="passes over the training rows")
+    neftune_alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="noise on the embeddings in training (NEFTune); 5 is usual, null: none"
+    )
+    curriculum: bool = Field(
+        False, description="each epoch from beginner over intermediate to expert rows, in place of all mixed"
+    )
     shuffle_answers: bool = Field(
         False, description="control: train on answers shuffled between questions; never used as a stage's input"
     )
@@ -98,6 +148,21 @@ class DpoConfig(TrainingConfig):
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-5, description="peak rate of AdamW")
     epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the training pairs")
     beta: Annotated[float, Field(gt=0)] = Field(0.1, description="how strongly the policy is held to the reference")
+    loss_type: Literal["sigmoid", "ipo", "robust", "hinge", "apo_zero", "sppo_hard", "orpo"] = Field(
+        "sigmoid", description="sigmoid is DPO; orpo needs no reference, and as published an sft_weight of 1"
+    )
+    sft_weight: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="adds this × the loss of the chosen answers (RPO), which keeps their log-probs from collapsing"
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="robust: the share of pairs thought to be labelled the wrong way round"
+    )
+
+    @model_validator(mode="after")
+    def _smoothing_is_used(self) -> Self:
+        if self.label_smoothing and self.loss_type != "robust":
+            raise ValueError("label_smoothing is used by loss_type robust alone")
+        return self
 
 
 class MergeConfig(Section):
@@ -123,6 +188,21 @@ class EvalConfig(Section):
     batch_size: Positive = Field(8, description="rows in one forward pass")
 
 
+def _without_password(uri: str) -> str:
+    """The configuration stands in the record, and that is committed."""
+    if re.search(r"://[^/@]*:[^/@]*@", uri):
+        raise ValueError("holds a password; try MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the shell")
+    return uri
+
+
+class Telemetry(Section):
+    tensorboard: bool = Field(True, description="event files in experiments/EXP-…/tensorboard")
+    mlflow: Annotated[str, AfterValidator(_without_password)] | None = Field(
+        None, description="tracking URI, such as sqlite:///experiments/mlflow.db, from the root; null: not sent"
+    )
+    wandb: str | None = Field(None, description="project's name; null: not sent. WANDB_MODE=offline keeps it here")
+
+
 class Cost(Section):
     gpu_hour: Annotated[float, Field(ge=0)] = Field(0.0, description="price of an hour of the GPU")
     kwh: Annotated[float, Field(ge=0)] = Field(0.0, description="price of a kWh")
@@ -138,7 +218,7 @@ class Profile(Section):
     revision: str = Field("main", description="of a hub model; pin a commit for a result that can be reproduced")
     trust_remote_code: bool = Field(False, description="run code that comes with the model: only if you have read it")
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto: a CUDA GPU when there is one")
-    precision: Literal["auto", "bf16", "fp32"] = Field(
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="of the base's weights; auto: bf16 on a GPU, else as stored. The adapter trains in float32"
     )
     quantization: Literal["none", "nf4", "int8", "auto"] = Field(
@@ -152,4 +232,5 @@ class Profile(Section):
     merge_config: MergeConfig = Field(MergeConfig(), description="adapter into base")
     serve_config: ServeConfig = Field(ServeConfig(), description="the endpoint")
     eval_config: EvalConfig = Field(EvalConfig(), description="evaluation")
+    telemetry: Telemetry = Field(Telemetry(), description="where a training's steps are shown as they happen")
     cost: Cost = Field(Cost(), description="prices, for the record")
