@@ -1,4 +1,7 @@
-"""Promises 1 (mask) and 2 (template contract), on the embedded base and on templates of the three great families."""
+"""Promises 1 (mask) and 2 (template contract), on the embedded base and on broken templates.
+
+The public templates, and what is trained with them, are in `test_templates.py`.
+"""
 
 import copy
 import json
@@ -9,10 +12,9 @@ from typing import Any
 
 import pytest
 from tokenizers import AddedToken
-from tokenizers.processors import TemplateProcessing
 
 from aletheia.data.show import show
-from pipeline.chat import CONTRACT_FILE, Chat, Contract, Encoded
+from pipeline.chat import CONTRACT_FILE, Chat, Contract, Encoded, RewrittenTurn
 from pipeline.data.read import read_rows
 from pipeline.data.rows import Conversation, Message, PreferencePair
 from pipeline.errors import UserError
@@ -20,52 +22,22 @@ from pipeline.model import Base
 from pipeline.stage import Job
 from pipeline.workspace import CHECKOUT, Workspace
 
-CHATML = """\
-{%- if messages[0].role != 'system' -%}{{- '<|im_start|>system\nYou are helpful.<|im_end|>\n' -}}{%- endif -%}
-{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' -}}{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
-LLAMA3 = """\
-{{- bos_token -}}
-{%- for m in messages -%}
-{{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}{%- endif -%}"""
-MISTRAL = """\
-{{- bos_token -}}
-{%- for m in messages -%}
-{%- if m.role == 'user' -%}{{- '[INST] ' + m.content + '[/INST]' -}}
-{%- elif m.role == 'assistant' -%}{{- ' ' + m.content + eos_token -}}
-{%- else -%}{{- raise_exception('Only user and assistant roles are supported!') -}}{%- endif -%}
-{%- endfor -%}"""
-
-# special tokens in the order (bos, end of turn, others), template, and what ⟦is trained⟧ of `TWO_TURNS`
-FAMILIES: dict[str, tuple[tuple[str | None, str, *tuple[str, ...]], str, str]] = {
-    "chatml": (
-        (None, "<|im_end|>", "<|im_start|>"),
-        CHATML,
-        "<|im_start|>system\nYou are helpful.<|im_end|>\n<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n"
-        "<|im_start|>assistant\n⟦Four.<|im_end|>⟧\n<|im_start|>user\nSure?<|im_end|>\n"
-        "<|im_start|>assistant\n⟦Yes:\n\n- 4<|im_end|>⟧",
-    ),
-    "llama-3": (
-        ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"),
-        LLAMA3,
-        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhat is 2 + 2?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Four.<|eot_id|>⟧"
-        "<|start_header_id|>user<|end_header_id|>\n\nSure?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Yes:\n\n- 4<|eot_id|>⟧",
-    ),
-    "mistral": (
-        ("<s>", "</s>", "[INST]", "[/INST]"),
-        MISTRAL,
-        "<s>[INST] What is 2 + 2?[/INST]⟦ Four.</s>⟧[INST] Sure?[/INST]⟦ Yes:\n\n- 4</s>⟧",
-    ),
-}
+CHATML = (Path(__file__).parent / "templates" / "smollm2.jinja").read_text()
 DEEPSEEK = (
     "You are an AI programming assistant, utilizing the Deepseek Coder model, developed by Deepseek Company, and you"
     " only answer questions related to computer science. For politically sensitive questions, security and privacy"
     " issues, and other non-computer science questions, you will refuse to answer\n"
 )
+
+
+# "Be brief.\n", "Hi", "Ho", "Sure?", "Yes" on the embedded base: what is not trained, what is, and so on
+IDS = [
+    [0, 36, 71, 292, 598, 347, 16, 201, 286, 325, 28, 201, 42, 75, 201, 286, 327, 28, 201],
+    [42, 81, 201, 2],
+    [201, 286, 325, 28, 201, 53, 642, 33, 201, 286, 327, 28, 201],
+    [59, 267, 201, 2],
+]
+SHA256 = "c0faa639cafdad799e38d1efe0f55779e0ea13767ecde72e8499f094d69b0e7f"  # of its contract
 
 
 def messages(*contents: str, system: str | None = None) -> list[Message]:
@@ -96,21 +68,16 @@ def tiny(base: Base) -> Chat:
 
 
 @pytest.fixture(scope="module")
-def family(base: Base) -> Callable[..., Any]:
-    """`family("llama-3", template=…)`: a tokenizer of that family, made from the embedded one."""
+def chatml(base: Base) -> Callable[[str], Any]:
+    """`chatml(template)`: the embedded tokenizer with ChatML's tokens."""
     tiny = base.tokenizer()
 
-    def make(name: str, template: str | None = None) -> Any:
-        (bos, end, *others), own, _ = FAMILIES[name]
+    def make(template: str) -> Any:
         tokenizer = copy.deepcopy(tiny)
-        added = [AddedToken(t, special=True, normalized=False) for t in (bos, end, *others) if t]
-        tokenizer.add_tokens(added, special_tokens=True)
-        tokenizer.bos_token, tokenizer.eos_token = bos, end
-        if bos:  # as theirs do: a plain call puts a BOS in front of any text
-            bos_first = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
-            tokenizer.backend_tokenizer.post_processor = bos_first
-            assert tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
-        tokenizer.chat_template = own if template is None else template
+        tokens = [AddedToken(t, special=True, normalized=False) for t in ("<|im_start|>", "<|im_end|>")]
+        tokenizer.add_tokens(tokens, special_tokens=True)
+        tokenizer.bos_token, tokenizer.eos_token = None, "<|im_end|>"
+        tokenizer.chat_template = template
         return tokenizer
 
     return make
@@ -119,38 +86,14 @@ def family(base: Base) -> Callable[..., Any]:
 # ── Promise 1: the mask ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_mask_is_each_answer_with_its_one_end_of_turn(family: Callable[..., Any], name: str) -> None:
-    chat = Chat(family(name), name)
-    encoded = chat.conversation(TWO_TURNS)
-    assert shown(chat, encoded) == FAMILIES[name][2]
+def test_mask_and_ids_of_a_short_conversation(tiny: Chat) -> None:
+    encoded = tiny.conversation(messages("Hi", "Ho", "Sure?", "Yes", system="Be brief.\n"))
+    assert encoded.ids == [token for part in IDS for token in part]
+    assert encoded.mask == [bool(n % 2) for n, part in enumerate(IDS) for _ in part]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_mask_trains_the_end_of_turn_once_a_turn_and_nothing_after_it(family: Callable[..., Any], name: str) -> None:
-    chat = Chat(family(name), name)
-    encoded = chat.conversation(TWO_TURNS)
-    trained = [label for label in encoded.labels if label != -100]
-    assert trained.count(chat.end_of_turn_id) == 2
-    assert encoded.ids[-1] == encoded.labels[-1] == chat.end_of_turn_id
-
-
-@pytest.mark.parametrize(("name", "count"), [("chatml", 0), ("llama-3", 1), ("mistral", 1)])
-def test_mask_sequence_has_the_one_bos_of_its_template(family: Callable[..., Any], name: str, count: int) -> None:
-    chat = Chat(family(name), name)
-    ids = chat.conversation(TWO_TURNS).ids
-    assert [t for t in ids if t == chat.bos_id] == ids[:count]
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_mask_prompt_is_what_serving_sends_and_completion_what_it_should_get(
-    family: Callable[..., Any], name: str
-) -> None:
-    chat = Chat(family(name), name)
-    prompt, completion = chat.prompt(TWO_TURNS[:3]), chat.completion(TWO_TURNS)
-    encoded = chat.conversation(TWO_TURNS)
-    assert encoded.ids == prompt + completion
-    assert encoded.mask[len(prompt) :] == [True] * len(completion)
+def test_mask_of_nothing_answered_is_empty(tiny: Chat) -> None:
+    assert tiny.conversation(messages("Hi")) == Encoded([], [])
 
 
 def test_mask_of_the_embedded_base_with_and_without_a_system_message(tiny: Chat) -> None:
@@ -164,7 +107,7 @@ def test_mask_of_the_embedded_base_with_and_without_a_system_message(tiny: Chat)
 
 
 def test_mask_is_refused_where_an_answer_gives_other_tokens_once_more_turns_follow(tiny: Chat) -> None:
-    with pytest.raises(UserError, match="earlier turn gives other tokens"):
+    with pytest.raises(UserError, match=r"earlier turn gives other tokens .* as where it begins with white space"):
         tiny.conversation(messages("a", "    indented", "b", "c"))
 
 
@@ -191,6 +134,14 @@ def test_mask_is_what_data_show_displays(
         assert shown(tiny, encoded) in display
 
 
+def test_pair_shares_its_prompt_and_trains_each_answer(tiny: Chat) -> None:
+    row = {"prompt": TWO_TURNS[:3], "chosen": messages("?", "    yes")[1:], "rejected": messages("?", "No")[1:]}
+    prompt = tiny.prompt(TWO_TURNS[:3])
+    for side, answer in zip(tiny.pair(PreferencePair.model_validate(row)), ("    yes", "No"), strict=True):
+        assert side.ids[: len(prompt)] == prompt and not any(side.mask[: len(prompt)]) and all(side.mask[len(prompt) :])
+        assert tiny.tokenizer.decode(side.ids[len(prompt) :]) == f"{answer}\n<|EOT|>"
+
+
 def test_labels_are_minus_100_where_nothing_is_trained() -> None:
     assert Encoded([5, 6, 7], [False, True, False]).labels == [-100, 6, -100]
 
@@ -204,6 +155,36 @@ def test_template_contract_is_the_same_for_the_same_template_and_survives_saving
     contract.save(tmp_path)
     assert Contract.load(tmp_path) == contract
     assert (contract.end_of_turn, contract.end_of_turn_id, contract.bos_id) == ("<|EOT|>", 2, 0)
+    assert contract.sha256 == SHA256, "adapters trained before would no longer be served"
+
+
+def test_template_contract_states_its_facts_in_the_file_and_for_the_record(base: Base, tmp_path: Path) -> None:
+    contract = base.chat().contract
+    contract.save(tmp_path)
+    facts = {
+        "end_of_turn": "<|EOT|>",
+        "end_of_turn_id": 2,
+        "bos_id": 0,
+        "bos_tokens": 1,
+        "end_of_turn_tokens": 1,
+        "end_of_turn_trained": True,
+        "prefix_preserving": True,
+        "keeps_white_space": True,
+        "takes_system": True,
+    }
+    assert contract.facts() == facts
+    assert json.loads((tmp_path / CONTRACT_FILE).read_text()) == facts | {"sha256": SHA256, "date": None}
+
+
+def test_template_contract_of_an_earlier_version_is_read_and_compared(base: Base, tmp_path: Path) -> None:
+    old = {"sha256": SHA256, "end_of_turn": "<|EOT|>", "end_of_turn_id": 2, "bos_id": 0}
+    (tmp_path / CONTRACT_FILE).write_text(json.dumps(old))
+    contract = Contract.load(tmp_path)
+    assert contract == base.chat().contract
+    assert contract.facts() == {key: value for key, value in old.items() if key != "sha256"}
+    for key, value in {"sha256": "0" * 64, "end_of_turn_id": 3}.items():
+        (tmp_path / CONTRACT_FILE).write_text(json.dumps(old | {key: value}))
+        assert Contract.load(tmp_path) != base.chat().contract
 
 
 @pytest.mark.parametrize(
@@ -233,12 +214,6 @@ def test_template_contract_changes_when_the_same_text_gives_other_tokens(base: B
     assert Chat(tokenizer, "grown").contract.sha256 != base.chat().contract.sha256
 
 
-def test_template_contract_holds_for_a_template_that_takes_no_system_message(family: Callable[..., Any]) -> None:
-    chat = Chat(family("mistral"), "mistral")
-    with pytest.raises(UserError, match="Only user and assistant roles are supported!"):
-        chat.prompt(messages("Hi", system="Be brief."))
-
-
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"sha256": "0"}'])
 def test_template_contract_that_cannot_be_read_is_a_users_error(tmp_path: Path, text: str | None) -> None:
     if text is not None:
@@ -252,38 +227,78 @@ def test_template_contract_that_cannot_be_read_is_a_users_error(tmp_path: Path, 
 
 def spoilt(role: str, content: str) -> str:
     """ChatML that renders the content of one role otherwise."""
-    return CHATML.replace("+ m.content", f"+ ({content} if m.role == '{role}' else m.content)")
+    return replaced("message['content']", f"({content} if message['role'] == '{role}' else message['content'])")
 
 
+def replaced(old: str, new: str, times: int = 1) -> str:
+    assert CHATML.count(old) == times
+    return CHATML.replace(old, new)
+
+
+CONTENT = "message['content'] + '<|im_end|>'"
 REFUSED: dict[str, tuple[str, str]] = {  # a broken template, and what is said of it
     "drops the answer": (spoilt("assistant", "''"), "changes the assistant's text"),
-    "changes the answer": (spoilt("assistant", "m.content | upper"), "changes the assistant's text"),
+    "changes the answer": (spoilt("assistant", "message['content'] | upper"), "changes the assistant's text"),
+    "cuts the answer": (spoilt("assistant", "message['content'][:9]"), "changes the assistant's text"),
     "drops the question": (spoilt("user", "''"), "drops or changes the user's text"),
-    "changes the question": (spoilt("user", "m.content | upper"), "drops or changes the user's text"),
-    "drops earlier turns": (CHATML.replace("in messages", "in messages[-2:]"), "drops or changes the user's text"),
-    "does not end the turn": (CHATML.replace("<|im_end|>", ""), "does not end the assistant's turn"),
-    "renders the last turn otherwise": (
-        spoilt("assistant", "('<think></think>' if loop.last else '') + m.content"),
-        "an earlier turn gives other tokens",
+    "changes the question": (spoilt("user", "message['content'] | upper"), "drops or changes the user's text"),
+    "drops earlier turns": (replaced("in messages %}", "in messages[-2:] %}"), "drops or changes the user's text"),
+    "drops earlier answers": (
+        spoilt("assistant", "(message['content'] if loop.last else '')"),
+        "drops or changes the assistant's earlier text",
     ),
-    "counts the turns": (CHATML.replace("{%- for", "{{- messages | length -}}{%- for"), "otherwise than a whole"),
+    "does not end the turn": (CHATML.replace("<|im_end|>", ""), "does not end the assistant's turn with a special"),
+    "ends it with several tokens": (
+        CHATML.replace("<|im_end|>", "<|end|>"),
+        r"with a special token, but with '<\|end\|>', which is no token",
+    ),
+    "ends it twice": (replaced(CONTENT, f"{CONTENT} + '<|im_end|>'"), r"turn with <\|im_end\|> more than once"),
+    "lacks the generation prompt": (
+        replaced("{% if add_generation_prompt %}", "{% if false %}"),
+        r"no generation prompt: '<\|im_start\|>assistant\\n' would be left to the model",
+    ),
+    "has another generation prompt": (
+        replaced("<|im_start|>assistant\n", "<|im_start|>model\n"),
+        r"otherwise than a whole conversation, which has no 'model\\n' there",
+    ),
+    "counts the turns": (
+        "{{ messages | length }}" + CHATML,
+        r"otherwise than a whole conversation, which has no '1<\|im_start\|>system",
+    ),
     "raises": ("{{- raise_exception('no chat today') -}}", "refuses the messages: no chat today"),
     "is no template": ("{%- for -%}", "refuses the messages"),
 }
 
 
 @pytest.mark.parametrize("fault", REFUSED)
-def test_template_that_breaks_the_contract_is_refused(family: Callable[..., Any], fault: str) -> None:
+def test_template_that_breaks_the_contract_is_refused(chatml: Callable[[str], Any], fault: str) -> None:
     template, said = REFUSED[fault]
     with pytest.raises(UserError, match=f"^broken: .*{said}"):
-        Chat(family("chatml", template), "broken")
+        Chat(chatml(template), "broken")
 
 
-@pytest.mark.parametrize("name", ["llama-3", "mistral"])
-def test_template_that_doubles_bos_is_refused(family: Callable[..., Any], name: str) -> None:
-    template = FAMILIES[name][1].replace("bos_token", "bos_token + bos_token")
-    with pytest.raises(UserError, match="gives 2 BOS tokens"):
-        Chat(family(name, template), name)
+def test_template_that_is_not_broken_is_taken(chatml: Callable[[str], Any]) -> None:
+    """So that what is refused above is refused for its fault."""
+    assert Chat(chatml(CHATML), "whole").contract.prefix_preserving
+
+
+def test_template_that_drops_a_repeated_text_is_refused_by_the_row(chatml: Callable[[str], Any]) -> None:
+    chat = Chat(chatml(replaced("in messages %}", "in messages[-4:] %}")), "forgetful")
+    assert chat.prompt(messages("go on", "1", "go on"))
+    with pytest.raises(UserError, match="drops or changes the user's text"):
+        chat.prompt(messages("go on", "1", "go on", "2", "go on"))
+
+
+def test_last_turn_that_is_rendered_otherwise_is_known_and_its_rows_refused(chatml: Callable[[str], Any]) -> None:
+    chat = Chat(chatml(spoilt("assistant", "(('>' if loop.last else '') + message['content'])")), "last")
+    assert chat.contract.prefix_preserving is False
+    assert shown(chat, chat.conversation(TWO_TURNS[:2])).endswith("<|im_start|>assistant\n⟦>Four.<|im_end|>⟧")
+    with pytest.raises(
+        RewrittenTurn, match="an earlier turn otherwise once more turns follow: with it, only rows of one"
+    ):
+        chat.conversation(TWO_TURNS)
+    other = Chat(chatml(spoilt("assistant", "(('-' if loop.last else '') + message['content'])")), "other")
+    assert other.contract != chat.contract
 
 
 def test_tokenizer_without_template_is_refused(base: Base) -> None:
@@ -307,23 +322,21 @@ def test_eos_that_is_shredded_into_several_tokens_is_refused(base: Base) -> None
         Chat(tokenizer, "shredded")
 
 
+def test_end_of_turn_that_is_a_token_by_itself_only_is_refused(chatml: Callable[[str], Any]) -> None:
+    tokenizer = chatml(CHATML.replace("<|im_end|>", "END"))
+    tokenizer.add_tokens([AddedToken("END", special=True, single_word=True, normalized=False)])
+    assert tokenizer.tokenize("Ho.END")[-1] == "END" != tokenizer.tokenize("HoEND")[-1]
+    with pytest.raises(UserError, match=r"^word: its tokenizer breaks END up after an answer$"):
+        Chat(tokenizer, "word")
+
+
 # ── Special tokens in a message's text ───────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_special_token_inside_a_text_is_reported(family: Callable[..., Any], name: str) -> None:
-    chat = Chat(family(name), name)
-    for token in filter(None, FAMILIES[name][0]):
-        assert chat.reserved_in(messages("Hi", f"So: {token}system")) == token
-    assert chat.reserved_in(TWO_TURNS) is None
-
-
-def test_special_token_is_reported_after_saving_and_loading(family: Callable[..., Any], tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    family("llama-3").save_pretrained(tmp_path)
-    chat = Chat(AutoTokenizer.from_pretrained(tmp_path), "llama-3")
-    assert chat.reserved_in(messages("<|start_header_id|>system<|end_header_id|>")) == "<|start_header_id|>"
+def test_special_token_inside_a_text_is_reported(tiny: Chat) -> None:
+    for token in ("<｜begin▁of▁sentence｜>", "<|EOT|>"):
+        assert tiny.reserved_in(messages("Hi", f"So: {token}system")) == token
+    assert tiny.reserved_in(TWO_TURNS) is None
 
 
 def test_answer_that_holds_the_end_of_turn_is_never_cut_silently(tiny: Chat) -> None:
