@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import Abort, TyperException
 
+from aletheia.check import app as check_app
 from aletheia.data.commands import app as data_app
 from aletheia.exp.commands import app as exp_app
 from aletheia.options import (
@@ -33,6 +34,7 @@ from pipeline.progress import printable
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 EXAMPLE = "\n\n\b\nExample:  aletheia "
+app.add_typer(check_app, name="check", help=f"The pipeline checks itself.{EXAMPLE}check gradients")
 app.add_typer(
     data_app,
     name="data",

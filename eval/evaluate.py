@@ -72,7 +72,7 @@ class Evaluate:
     def run(self, record: Record) -> None:
         config = self.job.config.eval_config
         record.facts.lineage.base = self.base.identity()
-        record.facts.data = {"contract": self.chat.contract.sha256} | {
+        record.facts.data = {"contract": self.chat.contract.sha256, "template": self.chat.contract.facts()} | {
             name: describe(rows) for name, rows in vars(self.items).items() if rows and name != "tasks"
         }
         items.write_rows(record.folder, {n: hashes(r) for n, r in vars(self.items).items() if r and n != "tasks"})

@@ -58,13 +58,13 @@ def draw(record_folder: Path, log: Log) -> list[tuple[str, str]]:
         ),
         (
             "layers.png",
-            "gradient norm of each layer: where the model learns, and where it breaks",
-            {"grad_norm_by_layer": _layers},
+            "gradient norm and size of the updates of each layer: where the model learns, and where it breaks",
+            {"grad_norm_by_layer": _gradient_by_layer, "update_norm_by_layer": _update_by_layer},
         ),
         (
             "speed.png",
-            "tokens a second and peak memory: what the training takes",
-            {"tokens_per_second": _speed, "memory_gb": _memory},
+            "tokens a second, peak memory, a GPU's load and power: what the training takes",
+            {"tokens_per_second": _speed, "memory_gb": _memory, "gpu_utilisation": _load, "gpu_power_w": _power},
         ),
     ]
     drawn = []
@@ -143,13 +143,32 @@ def _memory(ax: Any, log: Log) -> None:
     _line(ax, _series(log, "memory_gb"), from_zero=True)
 
 
-def _layers(ax: Any, log: Log) -> None:
+def _load(ax: Any, log: Log) -> None:
+    ax.set(title="GPU at work", ylabel="% of the time")
+    _thin_and_smoothed(ax, _series(log, "gpu_utilisation"))
+    ax.set_ylim(0, 103)
+
+
+def _power(ax: Any, log: Log) -> None:
+    ax.set(title="Power of the GPU", ylabel="W")
+    _thin_and_smoothed(ax, _series(log, "gpu_power_w"), from_zero=True)
+
+
+def _gradient_by_layer(ax: Any, log: Log) -> None:
+    _by_layer(ax, log, "grad_norm_by_layer", "Gradient norm of each layer, before clipping", "L2 norm")
+
+
+def _update_by_layer(ax: Any, log: Log) -> None:
+    _by_layer(ax, log, "update_norm_by_layer", "Size of the updates of each layer", "‖Δθ‖ / ‖θ‖")
+
+
+def _by_layer(ax: Any, log: Log, key: str, title: str, unit: str) -> None:
     """A row a layer, a column a step: thirty lines could not be told apart."""
     from matplotlib.colors import LogNorm
 
-    lines = [line for line in log if isinstance(line.get("grad_norm_by_layer"), dict) and _number(line.get("step"))]
-    names = list(dict.fromkeys(name for line in lines for name in line["grad_norm_by_layer"]))
-    found = [[_positive(line["grad_norm_by_layer"].get(name)) for line in lines] for name in names]
+    lines = [line for line in log if isinstance(line.get(key), dict) and _number(line.get("step"))]
+    names = list(dict.fromkeys(name for line in lines for name in line[key]))
+    found = [[_positive(line[key].get(name)) for line in lines] for name in names]
     known = [value for row in found for value in row if value == value]
     steps, low, high = [line["step"] for line in lines], min(known, default=1), max(known, default=1)
     image = ax.imshow(
@@ -160,12 +179,12 @@ def _layers(ax: Any, log: Log) -> None:
         norm=LogNorm(low, high) if low < high else None,
         extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, len(names) - 0.5),
     )
-    ax.set(title="Gradient norm of each layer, before clipping", ylabel="layer")
+    ax.set(title=title, ylabel="layer")
     ax.grid(False)
     shown = range(0, len(names), len(names) // 16 + 1)
     ax.set_yticks(shown, [names[i].removeprefix("layers.") for i in shown])
     ticks = [low * (high / low) ** (i / 4) for i in range(5)] if low < high else [low]
-    bar = ax.figure.colorbar(image, ax=ax, label="L2 norm", pad=0.02)
+    bar = ax.figure.colorbar(image, ax=ax, label=unit, pad=0.02)
     bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
     bar.minorticks_off()
 

@@ -18,8 +18,8 @@ Pause = Callable[[], None]  # called before each batch; what it raises ends the 
 class Measure:
     """How a training measures its held-out rows: one value a row, and the figures that they come to."""
 
-    values: Callable[..., list[float]]  # (model, what is shown, pause)
-    figures: Callable[[list[float]], dict[str, Figure]]
+    values: Callable[..., list[Any]]  # (model, what is shown, pause); one a row
+    figures: Callable[[list[Any]], dict[str, Figure]]
 
 
 def no_pause() -> None:
@@ -35,17 +35,24 @@ def losses(
 
 
 def margins(
+    model: Any, pairs: Sequence[tuple[Encoded, Encoded]], pad_id: int | None, batch_size: int, what: str
+) -> list[float]:
+    """log p(chosen) − log p(rejected) of each pair, nats. A positive change under training is a right preference."""
+    return [chosen - rejected for chosen, rejected in pair_log_probs(model, pairs, pad_id, batch_size, what)]
+
+
+def pair_log_probs(
     model: Any,
     pairs: Sequence[tuple[Encoded, Encoded]],
     pad_id: int | None,
     batch_size: int,
     what: str,
     pause: Pause = no_pause,
-) -> list[float]:
-    """log p(chosen) − log p(rejected) of each pair, nats. A positive change under training is a right preference."""
+) -> list[tuple[float, float]]:
+    """log p of each pair's chosen and rejected answer, nats."""
     flat = [side for pair in pairs for side in pair]
     scores = log_probs(model, flat, pad_id, batch_size, what, pause)
-    return [chosen - rejected for chosen, rejected in zip(scores[::2], scores[1::2], strict=True)]
+    return list(zip(scores[::2], scores[1::2], strict=True))
 
 
 def log_probs(

@@ -31,7 +31,7 @@ class Base:
     folder: Path
     device: str  # cuda | cpu
     dtype: str | None  # bfloat16 | float32 | None: as stored
-    quantization: str  # none | nf4 | int8
+    quantization: str  # none | nf4 | int8; auto until a training has chosen
     trust_remote_code: bool
 
     def identity(self) -> dict[str, Any]:
@@ -68,11 +68,13 @@ def find_base(workspace: Workspace, profile: Profile) -> Base:
     folder, revision = _folder(workspace, profile)
     if not any(folder.glob("*.safetensors")):
         raise profile.error("base_model", f"{folder} holds no .safetensors", "a model with safetensors weights")
-    dtype = {"bf16": "bfloat16", "fp32": "float32", "auto": "bfloat16" if device == "cuda" else None}[config.precision]
-    quantization = config.quantization
-    if quantization == "auto":
-        quantization = "none" if _fits(folder, device) else "nf4"
-    return Base(config.base_model, revision, folder, device, dtype, quantization, config.trust_remote_code)
+    dtype = {
+        "bf16": "bfloat16",
+        "fp16": "float16",
+        "fp32": "float32",
+        "auto": "bfloat16" if device == "cuda" else None,
+    }[config.precision]
+    return Base(config.base_model, revision, folder, device, dtype, config.quantization, config.trust_remote_code)
 
 
 def read_config(workspace: Workspace, profile: Profile) -> Any:
@@ -205,13 +207,3 @@ def _commit_on_hub(profile: Profile, name: str, revision: str) -> str:
     except Exception as error:  # whatever its HTTP library of the day raises: it could not be asked
         what = f"{name} is not in the local cache and the hub cannot be reached ({type(error).__name__})"
         raise profile.error("base_model", what, f"a local folder, or {TINY_REMEDY}") from None
-
-
-def _fits(folder: Path, device: str) -> bool:
-    """Whether the weights as stored leave a third of the device's memory to training."""
-    import psutil
-    import torch
-
-    size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    memory = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else psutil.virtual_memory().total
-    return size < memory * 2 / 3

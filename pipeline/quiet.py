@@ -12,6 +12,8 @@ def quiet() -> None:
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # true only adds a warning at the first fork
+    if os.environ.get("WANDB_MODE") == "offline":  # at which transformers prints a line on stdout
+        os.environ["WANDB_MODE"] = "dryrun"  # the same to wandb
     if not sys.stderr.isatty():  # in a log: no bar for what takes seconds, and a line every ten for what takes longer
         os.environ.setdefault("TQDM_DELAY", "5")
         os.environ.setdefault("TQDM_MININTERVAL", "10")

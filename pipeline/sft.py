@@ -4,21 +4,23 @@
 
 Reads the conversations of `training_data.sft`. Writes `checkpoints/EXP-…/adapter` and the link `<name>-sft`, and into
 the record the held-out loss before and after, per row, with its interval. Each assistant's turn and its end-of-turn is
-trained and nothing else; the loss is the mean over a step's trained tokens. It does not pack rows.
+trained and nothing else; the loss is the mean over a step's trained tokens. `--from EXP` goes on from that adapter.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
-from pipeline import heldout, statistics
+from pipeline import heldout, preflight, statistics
 from pipeline.chat import Chat, Encoded
 from pipeline.data.rows import Conversation
 from pipeline.data.split import shuffle_answers
-from pipeline.model import Base, find_base
+from pipeline.fit import Lengths
+from pipeline.model import Base, check_trained_on, find_base
+from pipeline.preflight import Prediction
 from pipeline.progress import say
 from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Input
-from pipeline.stage import FEW_STEPS, Job, steps_in_all
+from pipeline.stage import Job, Source, take
 from pipeline.training_data import TrainingRows, check_context, encoded, read, say_what_the_other_holds_out
 
 
@@ -30,57 +32,74 @@ class Sft:
     base: Base
     chat: Chat
     rows: TrainingRows[Conversation]
+    needs: Prediction
+    source: Source | None = None  # an earlier adapter to go on from; None: a new one
     inputs: list[Input] = field(default_factory=list)
 
     @classmethod
     def prepare(cls, job: Job) -> Self:
+        source = take(job, ["sft", "dpo"], "adapter") if job.source not in (None, "base") else None
+        preflight.check(job, cls.name)
         base = find_base(job.workspace, job.profile)
         check_context(job, base, "sft_config")
         chat = base.chat()
+        if source:
+            check_trained_on(base, chat, job.workspace, source)
         rows = read(job.workspace, job.config, Conversation, chat)
         rows.shared = say_what_the_other_holds_out(job.workspace, job.config, rows, Conversation)
-        return cls(job, base, chat, rows)
+        lengths = Lengths.of(
+            *([chat.conversation(row.messages) for row in part] for part in (rows.train, rows.held_out))
+        )
+        needs = preflight.predict(job, cls.name, lengths)
+        base = replace(base, quantization=needs.setup.quantization)
+        return cls(job, base, chat, rows, needs, source, [source.input] if source else [])
 
     def plan(self) -> list[tuple[str, str]]:
-        config = self.job.config.sft_config
-        steps = steps_in_all(config, len(self.rows.train))
-        few = f"  (fewer than {FEW_STEPS}: more rows or epochs, or a smaller batch)" if steps < FEW_STEPS else ""
         return [
+            (
+                "adapter",
+                f"that of {self.source.file.id} goes on" if self.source else self.job.config.sft_config.adapter,
+            ),
             ("base", f"{self.base.name} on {self.base.device}, quantization {self.base.quantization}"),
             ("rows", self.rows.text(self.job.config.training_data.max_reject_share)),
-            ("a step learns from", f"{config.batch_size * config.gradient_accumulation} rows"),
-            ("steps", str(steps) + few),
+            *self.needs.rows(),
         ]
 
     def run(self, record: Record) -> None:
-        from trl import SFTConfig, SFTTrainer
-
         from pipeline import training
+        from pipeline.objective import SupervisedLoss, domain_weights
+        from pipeline.passes import supervised
+        from pipeline.plan import difficulty_rank
 
         config, job = self.job.config.sft_config, self.job
         train_rows, held_out = self._encoded(record)
+        rows, sequences = [row for row, _ in train_rows], [tokens for _, tokens in train_rows]
         pad, batch = self.chat.tokenizer.pad_token_id, job.config.eval_config.batch_size
 
-        def losses(model: Any, what: str, pause: heldout.Pause = heldout.no_pause) -> list[float]:
-            return heldout.losses(model, [e for _, e in held_out], pad, batch, what, pause)
-
-        model = self.base.load(quantized=True)
-        trainer = SFTTrainer(
-            model=model,
-            args=SFTConfig(
-                **training.trainer_arguments(config, job, self.base, record.output),
-                dataset_kwargs={"skip_prepare_dataset": True},  # the rows come as token ids and labels
-            ),
-            train_dataset=_dataset(train_rows),
-            processing_class=self.chat.tokenizer,
-            peft_config=training.lora(config),
+        model = training.policy(self.base, config, self.source.output if self.source else None, job.config.seed)
+        how = training.execution(config, model, sequences, pad, self.needs.setup)
+        tokens = [supervised(sequence) for sequence in sequences]
+        weights = domain_weights(config.domain_weights, [row.domain for row in rows])
+        trainer = training.make_trainer(
+            job,
+            record,
+            self.base,
+            model,
+            config,
+            sequences,
+            step_loss=lambda step: SupervisedLoss(step, tokens, weights),
+            how=how,
+            rank=difficulty_rank([row.difficulty for row in rows]) if config.curriculum else None,
+            neftune_alpha=config.neftune_alpha,
         )
-        training.float32_adapter(trainer.model)
+
+        def losses(model: Any, what: str, pause: heldout.Pause = heldout.no_pause) -> list[float]:
+            with how.autocast(trainer.args.device):
+                return heldout.losses(model, [e for _, e in held_out], pad, batch, what, pause)
 
         before = losses(trainer.model, "held-out rows before") if held_out else []
         measure = heldout.Measure(losses, lambda values: {"eval_loss": statistics.mean(values)}) if held_out else None
-        trained = [(row.id, sum(tokens.mask)) for row, tokens in train_rows]
-        after = training.train(trainer, record, config, trained, measure, job.resume)
+        after = training.train(trainer, job, record, self.chat, config, [row.id for row in rows], measure, self.needs)
 
         if held_out:
             change = statistics.paired(before, after)
@@ -97,14 +116,8 @@ class Sft:
         def encode(row: Conversation) -> Encoded:
             return self.chat.conversation(row.messages)
 
-        def alter(rows: list[Conversation]) -> list[Conversation]:
-            return shuffle_answers(rows, seed) if config.shuffle_answers else rows
+        def shuffled(rows: list[Conversation]) -> list[Conversation]:
+            return shuffle_answers(rows, seed)
 
+        alter = shuffled if config.shuffle_answers else None
         return encoded(self.job, record, self.base, self.chat, self.rows, encode, config.max_length, alter)
-
-
-def _dataset(rows: list[tuple[Conversation, Encoded]]) -> Any:
-    from datasets import Dataset
-
-    columns = {"input_ids": [e.ids for _, e in rows], "labels": [e.labels for _, e in rows]}
-    return Dataset.from_dict(columns | {"row": range(len(rows))})

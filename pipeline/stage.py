@@ -157,8 +157,8 @@ def _as_begun(job: Job, file: RecordFile, facts: Facts) -> Job:
 
 
 def upto(stage: str, configuration: dict[str, Any]) -> dict[str, Any]:
-    """What this stage's outcome depends on: not the sections of later stages, nor prices, nor where a server listened."""
-    later = (*(STAGES[STAGES.index(stage) + 1 :] if stage in STAGES else ()), "cost")
+    """What this stage's outcome depends on: not the sections of later stages, nor prices, nor where it is shown or served."""
+    later = (*(STAGES[STAGES.index(stage) + 1 :] if stage in STAGES else ()), "cost", "telemetry")
     kept = {key: value for key, value in configuration.items() if key.removesuffix("_config") not in later}
     if isinstance(kept.get("serve_config"), dict):
         kept["serve_config"] = {key: value for key, value in kept["serve_config"].items() if key != "port"}

@@ -245,7 +245,7 @@ def encoded(
     begun = job.resume and any(record.output.glob("checkpoint-*"))
     if begun:  # else nothing is trained yet, and these rows are as good
         _same_as_begun(job, record, base, identity, facts)
-    record.facts.data = facts | {"contract": chat.contract.sha256}
+    record.facts.data = facts | {"contract": chat.contract.sha256, "template": chat.contract.facts()}
     record.facts.lineage.base = identity
     record.facts.results = {}
     say(f"rows: {rows.text()}")

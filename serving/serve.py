@@ -57,7 +57,7 @@ class Serve:
         config = self.job.config.serve_config
         began = time.monotonic()
         record.facts.lineage.base = {"name": self.base.name, "revision": self.base.revision}
-        record.facts.data = {"contract": self.chat.contract.sha256}
+        record.facts.data = {"contract": self.chat.contract.sha256, "template": self.chat.contract.facts()}
         model = load_source(self.source, self.base)
         context = int(model.config.max_position_embeddings)
         usage = Usage()

@@ -38,7 +38,7 @@ STAGES = ("data", "sft", "dpo", "merge", "eval")
 TOLERANCE = 0.01  # relative, of a figure without an interval
 RESIDUE = 1e-4  # absolute: a rounding error differs from another by as much as it is
 ENDS_WITHIN = 60.0  # seconds, of a run that was asked to stop
-_TIMED = re.compile(r"(^|[._])(seconds|per_second|ms|memory_gb|hours)$")
+_TIMED = re.compile(r"(^|[._])(seconds|per_second|ms|memory_gb|hours)$|(^|\.)predicted(_and_actual)?\.")
 
 Finding = Literal["equal", "within", "DIFFERENT", "other bytes", "not compared"]
 

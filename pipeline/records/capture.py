@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from pipeline.config import Cost
+from pipeline.records.energy import Energy
 from pipeline.workspace import CHECKOUT, LOCK_FILE
 
 PACKAGES = ("aletheia", "eval", "pipeline", "serving")  # what runs: a new .py file here belongs to the patch
@@ -24,7 +25,6 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "
 MOST_UNTRACKED = 50  # names in a record; how many more there are is said
 # whatever the person's git is set to, a patch that `git apply` takes
 _DIFF = ("diff", "--binary", "--no-ext-diff", "--no-textconv", "--no-color", "--src-prefix=a/", "--dst-prefix=b/")
-WATTS_PER_BUSY_CORE = 10.0  # an assumption, named in every record that uses it
 # Each repetition is bounded or possessive: a patch may be large, and hostile.
 _KEY = r"""(?i:(?:api|access|secret|private)[_-]?key | (?:api|access|auth|hf|hub|bearer)[_-]?token
     | secret | password | passwd | passphrase)"""
@@ -125,41 +125,32 @@ class Meter:
     """Wall clock, processor time, peak memory, energy and cost from now until `read()`."""
 
     def __init__(self, cost: Cost) -> None:
-        self.cost = cost
-        self.wall, self.cpu = time.monotonic(), _cpu_seconds()
-        self.gpu_joules = _gpu_joules()
+        self.cost, self.wall, self.energy = cost, time.monotonic(), Energy()
         self.peak_is_own = _reset_peak_memory()
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
     def read(self) -> dict[str, Any]:
-        wall, cpu = time.monotonic() - self.wall, _cpu_seconds() - self.cpu
+        wall, energy = time.monotonic() - self.wall, self.energy.kwh()
         facts: dict[str, Any] = {
             "wall_seconds": round(wall, 2),
-            "cpu_seconds": round(cpu, 2),
+            "cpu_seconds": round(self.energy.cpu_seconds(), 2),
             "peak_memory_gb": round(_peak_memory() / 1e9, 3),
         }
         if not self.peak_is_own:
             facts["peak_memory_note"] = "of the process since it started, earlier stages included"
-        energy = cpu * WATTS_PER_BUSY_CORE / 3.6e6
-        how = f"estimated: {WATTS_PER_BUSY_CORE:.0f} W a busy core"
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_available():
             facts["gpu_hours"] = round(wall / 3600 * torch.cuda.device_count(), 4)
             facts["gpu_peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
-            if self.gpu_joules is not None:
-                energy += ((_gpu_joules() or self.gpu_joules) - self.gpu_joules) / 3.6e6
-                how = f"GPU measured; CPU {how}"
-            else:
-                how = f"GPU unknown; CPU {how}"
         else:
             facts["gpu_hours"] = 0.0
         money = facts["gpu_hours"] * self.cost.gpu_hour + energy * self.cost.kwh
         facts["energy"] = {
             "kwh": float(f"{energy:.3g}"),
             "co2_kg": float(f"{energy * self.cost.co2_per_kwh:.3g}"),
-            "how": how,
+            "how": self.energy.how(),
         }
         facts["cost"] = {"amount": float(f"{money:.3g}"), "currency": self.cost.currency}
         return facts
@@ -220,11 +211,6 @@ def _cpu_model() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _cpu_seconds() -> float:
-    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
-
-
 def _reset_peak_memory() -> bool:
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM starts again from the present size
@@ -239,17 +225,3 @@ def _peak_memory() -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _gpu_joules() -> float | None:
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return None
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        devices = (pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(torch.cuda.device_count()))
-        return sum(pynvml.nvmlDeviceGetTotalEnergyConsumption(device) for device in devices) / 1000
-    except Exception:  # any NVML failure (old card, no permission) means the same: not measured
-        return None

@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from pipeline.model import Base
 from pipeline.workspace import Workspace
 
@@ -43,7 +45,7 @@ def test_no_value_is_left_out(aletheia: "Callable[..., Said]", trained: "Trained
         return {
             inner
             for key, value in values.items()
-            for inner in (keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}"})
+            for inner in (keys(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}"})
         }
 
     facts = trained.record("sft").facts()
@@ -69,10 +71,30 @@ def test_what_follows_is_what_the_run_did(aletheia: "Callable[..., Said]", train
         assert follows[f"{stage} time"].endswith(f"at the pace of {getattr(trained, stage)}")
 
 
-def test_the_time_is_not_guessed_before_anything_was_measured(
+def test_the_time_before_a_first_run_says_what_it_rests_on(
     aletheia: "Callable[..., Said]", workspace: Workspace
 ) -> None:
-    assert explained(aletheia, workspace)[1]["sft time"] == "unknown until a first run has been measured"
+    time = explained(aletheia, workspace)[1]["sft time"]
+    assert time.startswith("about ") and time.endswith("assumed: no run was measured here yet")
+
+
+def test_what_it_takes_is_predicted(aletheia: "Callable[..., Said]", workspace: Workspace) -> None:
+    _, follows = explained(aletheia, workspace)
+    for stage in ("sft", "dpo"):
+        for label in ("tokens", "passes", "memory", "memory by part", "disk", "energy", "cost"):
+            assert any(letter.isdigit() for letter in follows[f"{stage} {label}"])
+
+
+def test_what_cannot_fit_is_said_with_remedies(
+    aletheia: "Callable[..., Said]", workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline import preflight
+    from pipeline.machine import Machine
+
+    monkeypatch.setattr(preflight, "this_machine", lambda device: Machine("cpu", "small", 700 * 10**6))
+    _, follows = explained(aletheia, workspace, "sft_config.gradient_checkpointing=false")
+    assert " and small has 0.70 GB; try sft_config." in follows["sft memory"]
+    assert "dpo rows" in follows
 
 
 def test_few_steps_are_warned_of(aletheia: "Callable[..., Said]", workspace: Workspace) -> None:
@@ -97,6 +119,7 @@ def test_what_cannot_be_known_is_said_and_the_rest_is_shown(
     assert follows["sft"].startswith("unknown: data/none")
     assert follows["memory"].startswith("unknown: ")
     assert follows["dpo rows"] == "10 to train, 5 held out"
+    assert follows["dpo steps"].startswith("5 of 2 rows, ")
     assert values["training_data.sft"]["value"] == "data/none"
 
 
@@ -106,4 +129,4 @@ def test_a_record_of_odd_results_is_no_obstacle(aletheia: "Callable[..., Said]",
     for training in ([1], {"seconds": "x", "steps": 0}, {"seconds": 1.0}, 5):
         facts.results["training"] = training
         copied.record("sft").write(facts)
-        assert explained(aletheia, copied.workspace)[1]["sft time"].startswith("unknown")
+        assert explained(aletheia, copied.workspace)[1]["sft time"].endswith("no run was measured here yet")

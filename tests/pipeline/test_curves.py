@@ -29,7 +29,10 @@ def sft_log(steps: int = 45) -> Log:
                 "tokens": 900 * step,
                 "tokens_per_second": 4000.0,
                 "memory_gb": 17.0,
+                "gpu_utilisation": 95.0,
+                "gpu_power_w": 600.0,
                 "update_norm": 1e-3,
+                "update_norm_by_layer": {"layers.0": 1e-3, "layers.1": 2e-3 / step},
                 "grad_norm_by_layer": {"layers.0": 0.3, "layers.1": 0.2 + 0.01 * step, "other": 0.01},
             }
         )
@@ -81,7 +84,10 @@ def test_a_training_leaves_four_pictures(whole: dict[str, dict[str, bytes]], sta
     [
         ("eval_loss_ci_low", "loss.png"),
         ("update_norm", "optimiser.png"),
+        ("update_norm_by_layer", "layers.png"),
         ("memory_gb", "speed.png"),
+        ("gpu_utilisation", "speed.png"),
+        ("gpu_power_w", "speed.png"),
         ("eval_preference_accuracy", "loss.png"),
     ],
 )
@@ -94,7 +100,8 @@ def test_every_figure_is_seen_in_its_picture_and_in_no_other(
 
 
 def test_what_an_older_log_does_not_know_is_left_out(tmp_path: Path) -> None:
-    older = without(sft_log(), "tokens", "tokens_per_second", "memory_gb", "update_norm", "grad_norm_by_layer")
+    known = {"step", "epoch", "loss", "learning_rate", "grad_norm"}
+    older = without(sft_log(), *{key for line in sft_log() for key in line} - known)
     assert list(drawn(tmp_path, older)) == ["loss.png", "optimiser.png"]
 
 

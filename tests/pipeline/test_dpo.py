@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import private
+from pipeline import reference, training
 from pipeline.chat import Encoded
+from pipeline.config import DpoConfig
 from pipeline.data.read import read_rows
 from pipeline.data.rows import PreferencePair
 from pipeline.dpo import Dpo, _figures
@@ -23,6 +24,7 @@ from pipeline.model import Base
 from pipeline.records.find import records
 from pipeline.records.lifecycle import Record
 from pipeline.stage import Job, run_stage
+from pipeline.trainer import StepTrainer
 from pipeline.training_data import read
 from pipeline.workspace import Workspace
 
@@ -49,17 +51,17 @@ def logged(record: Record) -> list[dict[str, Any]]:
 def curve(record: Record) -> list[dict[str, Any]]:
     """Every line of the log, but how long the step took and in how much memory."""
     lines = map(json.loads, (record.folder / "log.jsonl").read_text("utf-8").splitlines())
-    clock = ("seconds", "tokens_per_second", "memory_gb")
+    clock = ("seconds", "tokens_per_second", "all_tokens_per_second", "memory_gb", "energy_kwh")
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 
 def test_dpo_starts_at_ln_2_with_the_sft_policy_as_its_reference(trained: Any) -> None:
     facts = trained.record("dpo").facts()
-    reference = facts.results["reference"]
-    assert reference["is"] == trained.sft == facts.lineage.inputs[0].id
-    assert reference["loss_at_step_0"] == pytest.approx(0.693147, abs=1e-4)
-    assert reference["margin_at_step_0"] == pytest.approx(0, abs=1e-4)
-    assert reference["max_log_prob_distance_from_base"] > 1
+    found = facts.results["reference"]
+    assert found["is"] == trained.sft == facts.lineage.inputs[0].id
+    assert found["loss_at_step_0"] == pytest.approx(0.693147, abs=1e-4)
+    assert found["margin_at_step_0"] == pytest.approx(0, abs=1e-4)
+    assert found["max_log_prob_distance_from_base"] > 1
 
 
 def test_recorded_margins_are_those_of_the_sft_and_the_dpo_adapter(
@@ -98,7 +100,9 @@ def test_validation_is_dpo_s_own_loss_and_the_share_of_pairs_whose_margin_rose(t
 
 
 def test_the_loss_of_held_out_pairs_does_not_overflow() -> None:
-    figure = _figures([0.0, 0.0], 1.0, [-1e5, 1e5])["eval_loss"]
+    pair = (Encoded([1, 2], [False, True]), Encoded([1, 3], [False, True]))
+    before, after = [(0.0, 0.0)] * 2, [(-1e5, 0.0), (1e5, 0.0)]
+    figure = _figures(DpoConfig(beta=1.0), [pair, pair], before, after)["eval_loss"]
     assert figure.value == pytest.approx(5e4)
 
 
@@ -116,66 +120,88 @@ def test_the_result_is_one_adapter_that_continues_the_sft_adapter(trained: Any) 
     assert step < 0.2 * size(sft)  # a new adapter would be as far away as it is large
 
 
-def zeroed(model: Any) -> None:
-    for name, parameter in model.named_parameters():
-        if ".ref." in name:
-            parameter.data.zero_()
-
-
-def the_base_on_both_sides(model: Any) -> None:
+def changed(model: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data.zero_()
+            parameter.data = change(parameter.data)
+    return model
 
 
-def perturbed(model: Any) -> None:
-    parameter = next(p for n, p in model.named_parameters() if ".ref." in n and "lora_B" in n)
-    parameter.data[3, 2] += 1e-6
+def one_weight_by(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor[3, 2] += value
+        return tensor
+
+    return change
 
 
-def moved_policy(model: Any) -> None:
-    for name, parameter in model.named_parameters():
-        if ".default." in name and "lora_B" in name:
-            parameter.data *= 1.05
-
-
-def broken_policy(model: Any) -> None:
-    parameter = next(p for n, p in model.named_parameters() if ".default." in n and "lora_B" in n)
-    parameter.data[0, 0] = float("nan")
-
-
-def rounded_on_both_sides(model: Any) -> None:
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.bfloat16().float()
-
-
-@pytest.mark.parametrize(
-    ("fault", "said"),
-    [
-        (zeroed, "not ln 2"),
-        (moved_policy, "not ln 2"),
-        (broken_policy, "not ln 2"),
-        (perturbed, "differs from the SFT adapter"),
-        (rounded_on_both_sides, "differs from the SFT adapter"),
-        (the_base_on_both_sides, "differs from the SFT adapter"),
-    ],
-)
-def test_a_reference_that_is_not_the_sft_policy_fails_the_run_at_step_0(
-    trained_copy: Any, monkeypatch: pytest.MonkeyPatch, fault: Callable[[Any], None], said: str
-) -> None:
-    class Faulty(private.PreparedDpoTrainer):
-        def evaluate(self, *arguments: Any, **options: Any) -> Any:
-            with torch.no_grad():
-                fault(self.model)
-            return super().evaluate(*arguments, **options)
-
-    monkeypatch.setattr(private, "PreparedDpoTrainer", Faulty)
+def assert_fails_at_step_0(trained_copy: Any, said: str) -> None:
     with pytest.raises(StageFailed, match=said):
         run_stage(Dpo, trained_copy.job())
     facts = newest(trained_copy.workspace)
     assert facts.status == "failed" and facts.failure.step == 0
     assert not (trained_copy.workspace.checkpoints / newest_id(trained_copy.workspace) / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda model, log_probs: changed(model, lambda b: b * 1.05) and log_probs,
+        lambda model, log_probs: changed(model, one_weight_by(math.nan)) and log_probs,
+        lambda model, log_probs: [(chosen, rejected + 0.5) for chosen, rejected in log_probs],
+        lambda model, log_probs: log_probs[1:] + log_probs[:1],
+    ],
+    ids=["the policy moved", "the policy is broken", "another reference", "of other pairs"],
+)
+def test_a_reference_that_is_not_the_policy_fails_the_run_at_step_0(
+    trained_copy: Any, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., Any]
+) -> None:
+    honest = reference.log_probs
+    monkeypatch.setattr(reference, "log_probs", lambda w, k, model, *given: fault(model, honest(w, k, model, *given)))
+    assert_fails_at_step_0(trained_copy, "nats off the reference's before step 1")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [one_weight_by(1e-6), lambda b: b.bfloat16().float(), torch.zeros_like],
+    ids=["one weight", "rounded", "the base"],
+)
+def test_a_policy_that_is_not_the_sft_adapter_fails_the_run_at_step_0(
+    trained_copy: Any, monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Policy and reference agree, and the loss is ln 2."""
+    honest = training.policy
+    monkeypatch.setattr(training, "policy", lambda *given: changed(honest(*given), change))
+    assert_fails_at_step_0(trained_copy, "the policy starts apart from the SFT adapter")
+
+
+def test_an_sft_adapter_that_changes_nothing_is_no_reference(
+    trained_copy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third guard alone: tensors agree and the loss is ln 2, but the log-probs are the base's."""
+    honest = training.policy
+    monkeypatch.setattr(training, "policy", lambda *given: changed(honest(*given), torch.zeros_like))
+    monkeypatch.setattr(Dpo, "_same_tensors", lambda *given: None)
+    assert_fails_at_step_0(trained_copy, "it is not the SFT policy")
+
+
+def test_reference_log_probs_are_kept_and_not_taken_for_another_adapters(trained_copy: Any) -> None:
+    run_stage(Dpo, trained_copy.job(*SHORT))
+    (kept,) = (trained_copy.workspace.checkpoints / reference.FOLDER).iterdir()
+    before = kept.read_bytes()
+    run_stage(Dpo, trained_copy.job(*SHORT, "dpo_config.beta=0.2"))
+    assert [*kept.parent.iterdir()] == [kept] and kept.read_bytes() == before
+    run_stage(Dpo, trained_copy.job(*SHORT, source="base"))
+    assert len([*kept.parent.iterdir()]) == 2
+
+
+@pytest.mark.parametrize("loss", ["ipo", "robust", "hinge", "apo_zero", "sppo_hard", "orpo"])
+def test_every_loss_trains(trained_copy: Any, loss: str) -> None:
+    chosen = [f"dpo_config.loss_type={loss}", "dpo_config.learning_rate=1e-3"]
+    chosen += ["dpo_config.label_smoothing=0.1"] * (loss == "robust") + ["dpo_config.sft_weight=1.0"] * (loss == "orpo")
+    record = run_stage(Dpo, trained_copy.job(*SHORT, "dpo_config.epochs=3.0", *chosen))
+    margins = [line["rewards/margins"] for line in logged(record)]
+    assert margins[-1] > margins[0]
 
 
 def newest(workspace: Workspace) -> Any:
@@ -186,21 +212,11 @@ def newest_id(workspace: Workspace) -> str:
     return next(records(workspace))[0].id
 
 
-def test_an_sft_adapter_that_changes_nothing_is_no_reference(
-    trained_copy: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The third guard alone: tensors agree and the loss is ln 2, but the log-probs are the base's."""
-    honest = private.reference_log_probs
-    monkeypatch.setattr(private, "reference_log_probs", lambda *given: (honest(*given)[1],) * 2)
-    with pytest.raises(StageFailed, match="it is not the SFT policy"):
-        run_stage(Dpo, trained_copy.job())
-
-
 def test_dpo_straight_on_the_base_when_asked(small_talk: Workspace, job: Callable[..., Job], base: Base) -> None:
     record = run_stage(Dpo, job(*SHORT, source="base"))
-    reference = record.facts.results["reference"]
-    assert reference["is"] == "base" and record.facts.lineage.inputs == []
-    assert reference["max_log_prob_distance_from_base"] == 0
+    found = record.facts.results["reference"]
+    assert found["is"] == "base" and record.facts.lineage.inputs == []
+    assert found["max_log_prob_distance_from_base"] == 0
     losses = [entry["loss"] for entry in logged(record)]
     assert losses[0] == pytest.approx(0.693147, abs=1e-4) and losses[-1] < losses[0]
     plain(base, record.output / "adapter")
@@ -253,7 +269,7 @@ def test_how_a_step_is_executed_does_not_change_what_it_learns(
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """SIGTERM to this process in the middle of the training step of that number, once."""
-    honest, seen = private.PreparedDpoTrainer.training_step, []
+    honest, seen = StepTrainer.training_step, []
 
     def training_step(self: Any, *arguments: Any, **options: Any) -> Any:
         seen.append(1)
@@ -261,7 +277,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return honest(self, *arguments, **options)
 
-    monkeypatch.setattr(private.PreparedDpoTrainer, "training_step", training_step)
+    monkeypatch.setattr(StepTrainer, "training_step", training_step)
 
 
 def test_interrupted_dpo_resumed_equals_uninterrupted_on_the_source_it_began_from(

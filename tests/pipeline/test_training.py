@@ -21,7 +21,8 @@ from pipeline.records.find import records, sha256
 from pipeline.records.lifecycle import Record, liveness
 from pipeline.sft import Sft
 from pipeline.stage import Job, run_stage
-from pipeline.training import SEAL, newest_sealed
+from pipeline.trainer import StepTrainer
+from pipeline.watch import SEAL, newest_sealed
 from pipeline.workspace import Workspace
 
 Command = Callable[..., "subprocess.Popen[str]"]
@@ -46,7 +47,7 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 def curve(folder: Path) -> list[dict[str, Any]]:
     """Every line, a step's and a validation's, but how long it took and in how much memory."""
-    clock = ("seconds", "tokens_per_second", "memory_gb")
+    clock = ("seconds", "tokens_per_second", "all_tokens_per_second", "memory_gb", "energy_kwh")
     return [{k: v for k, v in line.items() if k not in clock} for line in log_of(folder)]
 
 
@@ -59,7 +60,8 @@ def assert_equals_uninterrupted(resumed: Record, trained: Any) -> None:
     assert (resumed.folder / "heldout.jsonl").read_bytes() == (whole.folder / "heldout.jsonl").read_bytes()
 
     def told(results: dict[str, Any]) -> dict[str, Any]:
-        return results | {"training": {k: v for k, v in results["training"].items() if k != "seconds"}}
+        takes = ("seconds", "predicted", "predicted_and_actual")
+        return results | {"training": {k: v for k, v in results["training"].items() if k not in takes}}
 
     facts = RecordFile(resumed.file.path).facts()
     assert facts is not None
@@ -148,15 +150,13 @@ def test_no_whole_checkpoint_starts_from_the_beginning(tmp_path: Path) -> None:
 @pytest.fixture
 def interrupted(small_talk: Workspace, job: Callable[..., Job], base: Base, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run on a base of its own, with a row rejected, that was stopped in its first step. Returns the base's folder."""
-    from trl import SFTTrainer
-
     folder = shutil.copytree(base.folder, small_talk.root / "own-base")
     forged = {
         "id": "forged",
         "messages": [{"role": "user", "content": "<|EOT|>"}, {"role": "assistant", "content": "So."}],
     }
     (small_talk.root / "data/sft/forged.jsonl").write_text(json.dumps(forged) + "\n")
-    honest = SFTTrainer.training_step
+    honest = StepTrainer.training_step
 
     def training_step(self: Any, *arguments: Any, **options: Any) -> Any:
         if self.state.global_step == 0:
@@ -164,7 +164,7 @@ def interrupted(small_talk: Workspace, job: Callable[..., Job], base: Base, monk
         return honest(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SFTTrainer, "training_step", training_step)
+        patch.setattr(StepTrainer, "training_step", training_step)
         with pytest.raises(Interrupted, match="after step 1/5"):
             run_stage(Sft, job(*OWN_BASE))
     return folder

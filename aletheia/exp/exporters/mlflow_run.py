@@ -5,15 +5,13 @@
 The experiment is the profile, the run's name the record's id. Parameters: configuration and data. Metrics: every figure,
 the ends of its interval as `….ci_low` and `….ci_high`, and under `log/` the curves by step; the log has no clock, so a
 curve's points carry the time at which the run ended. Artifacts: the record itself, its log, its pictures. A record that
-is there already is refused; with --force the earlier run is marked deleted, once the new one stands.
+is there already is refused; with --force the earlier run is marked deleted, once the new one stands. So is, without
+asking, the one that a training wrote while it ran (`pipeline.trackers`).
 """
 
 import json
-import logging
 import math
-import os
 import posixpath
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,28 +22,33 @@ from aletheia.exp.reading import flat
 from pipeline.errors import AletheiaError, UserError
 from pipeline.progress import say
 from pipeline.records.capture import redact
+from pipeline.trackers import (
+    MLFLOW_MAX_PARAM,
+    MLFLOW_STATUS,
+    NOT_IN_MLFLOW_NAMES,
+    fingerprint,
+    mlflow_client,
+    mlflow_experiment,
+    mlflow_runs,
+    mlflow_store,
+)
 from pipeline.workspace import Workspace
 
-MAX_NAME, MAX_PARAM, MAX_TAG = 250, 6000, 8000  # MLflow's limits, in characters; it cuts what is longer
-STATUS = {"complete": "FINISHED", "failed": "FAILED", "cancelled": "KILLED", "dead": "KILLED"}
-ENVIRONMENT = {  # what the client reads, and nothing else sets
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the default asks a server that is not there for minutes
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # with the password in it
-}
-_NOT_IN_NAMES = re.compile(r"[^\w\-./: ]")
+MAX_NAME, MAX_TAG = 250, 8000  # MLflow's limits, in characters; it cuts what is longer
 
 
 def export_mlflow(workspace: Workspace, exp: str, uri: str | None, force: bool) -> str:
     """URI, without credentials, and run id. Raises `UserError`."""
     family = with_children(finished(workspace, exp))
-    uri, folder = _store(workspace, uri)
+    default, artifacts = f"sqlite:///{workspace.experiments}/mlflow.db", workspace.experiments / "mlflow-artifacts"
+    uri, folder = mlflow_store(uri or default, Path.cwd(), artifacts, where="--uri")
     with _in_one_line(uri):
-        client = _client(uri)
-        experiment = _experiment(client, family[0].facts.profile, folder)
+        client = mlflow_client(uri)
+        experiment = mlflow_experiment(client, family[0].facts.profile, folder)
         earlier = [run for record in family for run in _runs(client, experiment, record)]
-        if earlier and not force:
-            names = ", ".join(dict.fromkeys(run.data.tags["id"] for run in earlier))
+        exported = [run.data.tags["id"] for run in earlier if "live" not in run.data.tags]
+        if exported and not force:
+            names = ", ".join(dict.fromkeys(exported))
             raise UserError(f"{names} is there already", where=redact(uri), remedy="--force")
         runs: dict[str, str] = {}
         try:
@@ -61,28 +64,11 @@ def export_mlflow(workspace: Workspace, exp: str, uri: str | None, force: bool) 
             raise
         for run in earlier:
             client.delete_run(run.info.run_id)
-            say(f"the earlier run {run.info.run_id} of {run.data.tags['id']} is marked deleted")
+            kind = "live" if "live" in run.data.tags else "earlier"
+            say(f"the {kind} run {run.info.run_id} of {run.data.tags['id']} is marked deleted")
     for record in family:
         record.note_external("mlflow", {"uri": redact(uri), "run_id": runs[record.id]})
     return f"{redact(uri)} {runs[family[0].id]}"
-
-
-def _store(workspace: Workspace, uri: str | None) -> tuple[str, str | None]:
-    """The tracking URI, and where a new experiment keeps its artifacts; None: the server knows."""
-    uri = uri or f"sqlite:///{workspace.experiments}/mlflow.db"
-    scheme, separator, rest = uri.partition("://")
-    if not separator or scheme == "file":
-        what = f"{redact(uri)} is a folder, and MLflow keeps no runs in folders any more"
-        raise UserError(what, where="--uri", remedy="sqlite:///PATH/mlflow.db, or a server's http://…")
-    if scheme in ("http", "https", "databricks"):
-        return uri, None
-    if scheme != "sqlite":
-        return uri, (workspace.experiments / "mlflow-artifacts").as_uri()
-    path, mark, options = rest.removeprefix("/").partition("?")
-    if not path:
-        raise UserError("names no file", where=f"--uri {uri}", remedy="sqlite:///PATH/mlflow.db")
-    database = Path(path).expanduser().resolve()
-    return f"sqlite:///{database}{mark}{options}", (database.parent / f"{database.stem}-artifacts").as_uri()
 
 
 @contextmanager
@@ -96,30 +82,8 @@ def _in_one_line(uri: str) -> Iterator[None]:
         raise UserError(f"{type(error).__name__}: {lines[0]}", where=redact(uri)) from error
 
 
-def _client(uri: str) -> Any:
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
-
-    logging.getLogger("mlflow").setLevel(logging.ERROR)  # a new database's tables, one by one
-    return MlflowClient(tracking_uri=uri)
-
-
-def _experiment(client: Any, name: str, folder: str | None) -> str:
-    there = client.get_experiment_by_name(name)
-    if there is None:
-        return str(client.create_experiment(name, artifact_location=folder))
-    if there.lifecycle_stage != "active":
-        raise UserError(
-            f"MLflow's experiment `{name}` is deleted", remedy=f"mlflow experiments restore -x {there.experiment_id}"
-        )
-    return str(there.experiment_id)
-
-
 def _runs(client: Any, experiment: str, record: Finished) -> list[Any]:
-    """This record's runs; not those of another checkout's record with the same id."""
-    found = client.search_runs([experiment], filter_string=f"tags.id = '{record.id}'")
-    return [run for run in found if run.data.tags.get("started") == record.fingerprint]
+    return mlflow_runs(client, experiment, record.id, record.facts)
 
 
 def _parent(client: Any, experiment: str, record: Finished) -> str | None:
@@ -143,7 +107,7 @@ def _create(client: Any, experiment: str, record: Finished, parent: str | None) 
 def _tags(record: Finished, parent: str | None) -> Iterator[tuple[str, str]]:
     facts, person = record.facts, record.person
     yield "id", record.id
-    yield "started", record.fingerprint
+    yield "started", fingerprint(facts)
     yield "status", record.status
     yield "stage", facts.stage
     yield "profile", facts.profile
@@ -177,7 +141,7 @@ def _fill(client: Any, run: str, record: Finished) -> None:
     facts = record.facts
     settings = dict(flat(facts.configuration)) | dict(flat(facts.data, "data."))
     names = _names(settings, record)
-    params = [Param(names[k], _fitting(_text(v), MAX_PARAM, k, record)) for k, v in settings.items()]
+    params = [Param(names[k], _fitting(_text(v), MLFLOW_MAX_PARAM, k, record)) for k, v in settings.items()]
     at = _milliseconds(record.ended or record.started) or 0
     found = figures(facts.results) | {f"resources.{k}": v for k, v in figures(facts.resources).items()}
     points = [(name, value, 0) for name, value in found.items()]
@@ -194,7 +158,7 @@ def _fill(client: Any, run: str, record: Finished) -> None:
 
     for path, folder in attachments(record):
         client.log_artifact(run, str(path), folder or None)
-    status, ended = STATUS[record.status], _milliseconds(record.ended)
+    status, ended = MLFLOW_STATUS[record.status], _milliseconds(record.ended)
     if ended is None:
         client.update_run(run, status)  # without inventing an end
     else:
@@ -206,7 +170,7 @@ def _names(wanted: Iterable[str], record: Finished) -> dict[str, str]:
     names: dict[str, str] = {}
     taken: set[str] = set()
     for name in dict.fromkeys(wanted):
-        plain = _NOT_IN_NAMES.sub("_", name)
+        plain = NOT_IN_MLFLOW_NAMES.sub("_", name)
         if posixpath.normpath(plain) != plain or plain.startswith(("/", ".")):
             plain = f"_{plain.replace('/', '_')}"
         plain, number = plain[:MAX_NAME], 1

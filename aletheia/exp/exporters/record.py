@@ -43,12 +43,6 @@ class Finished:
         """None for a dead run: nobody saw its end."""
         return moment(self.facts.history[-1].at) if self.facts.history and self.status != "dead" else None
 
-    @property
-    def fingerprint(self) -> str:
-        """Tells it from a record of the same id that another checkout made."""
-        first = self.facts.history[0] if self.facts.history else None
-        return f"{first.at} {first.host or ''}".strip() if first else ""
-
     def note_external(self, name: str, where: dict[str, Any]) -> None:
         """Writes where it went into `external`, on top of what the record says by now."""
         facts = self.file.facts()

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 from aletheia.exp.export import export
+from pipeline.config import Telemetry
 from pipeline.errors import UserError
 from pipeline.records.file import RecordFile
+from pipeline.records.lifecycle import Record, StopRequest
+from pipeline.telemetry import Telemetry as ShownLive
 from pipeline.workspace import Workspace
 
 EXP = "EXP-2026-01-01-001"
@@ -40,10 +43,10 @@ FACTS: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database with its tables and nothing in them: making them takes seconds."""
-    from aletheia.exp.exporters.mlflow_run import _client
+    from pipeline.trackers import mlflow_client
 
     path = tmp_path_factory.mktemp("mlflow") / "empty.db"
-    _client(f"sqlite:///{path}").search_experiments()
+    mlflow_client(f"sqlite:///{path}").search_experiments()
     return path
 
 
@@ -66,6 +69,25 @@ def exported(place: Workspace, client: Any, name: str = EXP, force: bool = False
     uri, run = export(place, name, "mlflow", None, None, force).split(" ")
     assert uri == f"sqlite:///{place.experiments}/mlflow.db"
     return client.get_run(run)
+
+
+def test_an_export_takes_the_place_of_the_run_that_the_training_wrote_while_it_ran(
+    place: Workspace, write_record: Callable[..., RecordFile], client: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_record(place, EXP, FACTS, log=[{"step": 1, "loss": 2.0}])
+    facts = file.facts()
+    assert facts
+    settings = Telemetry(tensorboard=False, mlflow="sqlite:///experiments/mlflow.db")
+    with ShownLive(settings, Record(file, facts, place, StopRequest())) as live:
+        live.write({"step": 1, "loss": 2.0})
+    (shown,) = client.search_runs([client.get_experiment_by_name("small").experiment_id])
+    run = exported(place, client)
+    assert (run.info.run_name, set(run.data.metrics) & set(shown.data.metrics)) == (EXP, {"log/loss"})
+    assert "live" not in run.data.tags
+    assert [r.info.run_id for r in client.search_runs([run.info.experiment_id])] == [run.info.run_id]
+    assert capsys.readouterr().err == f"the live run {shown.info.run_id} of {EXP} is marked deleted\n"
+    with pytest.raises(UserError, match="is there already"):
+        exported(place, client)
 
 
 def test_a_new_store_is_made_and_migrated_where_none_is(
@@ -391,7 +413,9 @@ def test_no_password_reaches_the_screen_or_the_record(
     assert said.code == 2
     assert said.err.startswith("error: http://[redacted]@127.0.0.1:9: ")
     assert said.err.count("\n") == 1
-    monkeypatch.setattr("aletheia.exp.exporters.mlflow_run._client", lambda uri: client)  # as if a server had answered
+    monkeypatch.setattr(
+        "aletheia.exp.exporters.mlflow_run.mlflow_client", lambda uri: client
+    )  # as if a server had answered
     said_by_server = aletheia(place, "exp", "export", EXP, "--to", "mlflow", "--uri", uri)
     assert said_by_server.out.startswith("http://[redacted]@127.0.0.1:9 ")
     facts = file.facts()

@@ -7,6 +7,7 @@ import pytest
 from pipeline.config import Cost
 from pipeline.records import capture
 from pipeline.records.capture import redact
+from pipeline.records.energy import WATTS_PER_BUSY_CORE
 
 KEY = "hf_" + "Ab1" * 8  # put together here, or this file's own patch would be redacted
 
@@ -251,7 +252,7 @@ def test_the_cost_is_energy_times_price_and_says_how_it_was_measured() -> None:
     assert facts["peak_memory_gb"] > 0
     energy = facts["energy"]
     assert energy["kwh"] > 0
-    assert energy["kwh"] == pytest.approx(facts["cpu_seconds"] * capture.WATTS_PER_BUSY_CORE / 3.6e6, rel=0.2)
+    assert energy["kwh"] == pytest.approx(facts["cpu_seconds"] * WATTS_PER_BUSY_CORE / 3.6e6, rel=0.2)
     assert energy["co2_kg"] == pytest.approx(energy["kwh"] * 0.5, rel=0.01)
     assert facts["cost"] == {"amount": pytest.approx(energy["kwh"] * 1000, rel=0.01), "currency": "EUR"}
     assert energy["how"] == "estimated: 10 W a busy core"
