@@ -108,7 +108,7 @@ class TrainingConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's pull of the adapter towards 0")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="gradients are clipped to this norm")
     save_steps: Positive = Field(50, description="steps between checkpoints one can resume from")
-    gradient_checkpointing: Literal["auto", True, False] = Field(
+    gradient_checkpointing: bool | Literal["auto"] = Field(
         "auto",
         description="recompute activations: less memory, about 0.7 × the speed; auto: only when memory asks for it",
     )

@@ -55,8 +55,7 @@ class Dpo:
     @classmethod
     def prepare(cls, job: Job) -> Self:
         source = None if job.source == "base" else take(job, ["sft"], "adapter")
-        preflight.check(job, cls.name)
-        base = find_base(job.workspace, job.profile)
+        base = find_base(job.workspace, job.profile, partial(preflight.check, job, cls.name))
         check_context(job, base, "dpo_config")
         chat = base.chat()
         if source:

@@ -5,6 +5,7 @@
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,11 @@ class Base:
         return getattr(config, "max_position_embeddings", None)
 
 
-def find_base(workspace: Workspace, profile: Profile) -> Base:
-    """Raises `UserError` when the machine, the hub or the folder is not there."""
+def find_base(workspace: Workspace, profile: Profile, before_download: Callable[[], None] = lambda: None) -> Base:
+    """`before_download` may refuse. Raises `UserError` when the machine, the hub or the folder is not there."""
     config = profile.config
     device = _device(profile)
-    folder, revision = _folder(workspace, profile)
+    folder, revision = _folder(workspace, profile, before_download)
     if not any(folder.glob("*.safetensors")):
         raise profile.error("base_model", f"{folder} holds no .safetensors", "a model with safetensors weights")
     dtype = {
@@ -148,11 +149,11 @@ def _device(profile: Profile) -> str:
     return "cpu"
 
 
-def _folder(workspace: Workspace, profile: Profile) -> tuple[Path, str | None]:
+def _folder(workspace: Workspace, profile: Profile, before_download: Callable[[], None]) -> tuple[Path, str | None]:
     folder = _local_folder(workspace, profile)
     if folder is not None:
         return folder, None
-    return _from_hub(profile, profile.config.base_model, profile.config.revision)
+    return _from_hub(profile, profile.config.base_model, profile.config.revision, before_download)
 
 
 def _local_folder(workspace: Workspace, profile: Profile) -> Path | None:
@@ -174,7 +175,9 @@ def _local_folder(workspace: Workspace, profile: Profile) -> Path | None:
     return None
 
 
-def _from_hub(profile: Profile, name: str, revision: str) -> tuple[Path, str | None]:
+def _from_hub(
+    profile: Profile, name: str, revision: str, before_download: Callable[[], None]
+) -> tuple[Path, str | None]:
     """The snapshot in the local cache, fetched when it is not there; its commit is the revision of the record."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -186,6 +189,7 @@ def _from_hub(profile: Profile, name: str, revision: str) -> tuple[Path, str | N
     except LocalEntryNotFoundError:
         pass
     commit = _commit_on_hub(profile, name, revision)
+    before_download()
     try:
         return Path(snapshot_download(name, revision=commit, allow_patterns=MODEL_FILES)), commit
     except Exception as error:  # the network again, or the disk: huggingface_hub keeps what has come

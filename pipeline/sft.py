@@ -8,6 +8,7 @@ trained and nothing else; the loss is the mean over a step's trained tokens. `--
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Self
 
 from pipeline import heldout, preflight, statistics
@@ -39,8 +40,7 @@ class Sft:
     @classmethod
     def prepare(cls, job: Job) -> Self:
         source = take(job, ["sft", "dpo"], "adapter") if job.source not in (None, "base") else None
-        preflight.check(job, cls.name)
-        base = find_base(job.workspace, job.profile)
+        base = find_base(job.workspace, job.profile, partial(preflight.check, job, cls.name))
         check_context(job, base, "sft_config")
         chat = base.chat()
         if source:

@@ -89,7 +89,7 @@ def test_a_base_is_known_by_its_weights_wherever_it_lies(base: Base, tmp_path: P
     ("asked", "dtype", "quantization"),
     [
         ((), None, "none"),
-        (("quantization=auto",), None, "none"),
+        (("quantization=auto",), None, "auto"),
         (("precision=bf16", "quantization=nf4"), "bfloat16", "nf4"),
     ],
 )
@@ -99,6 +99,10 @@ def test_precision_and_quantization_follow_the_profile_and_the_machine(
     wanted = job(*asked)
     found = find_base(wanted.workspace, wanted.profile)
     assert (found.device, found.dtype, found.quantization) == ("cpu", dtype, quantization)
+
+
+def test_quantization_auto_is_none_where_the_base_fits(small_talk: Workspace, job: Callable[..., Job]) -> None:
+    assert Sft.prepare(job("quantization=auto")).base.quantization == "none"
 
 
 def test_quantised_training_checks_its_reference_and_merges_into_the_unquantised_base(
