@@ -147,6 +147,8 @@ def _sentence(error: ErrorDetails) -> str:
     given = error["input"]
     if error["type"] in ("model_type", "model_attributes_type"):
         return f"is a section: it needs keys below it, not {given!r}"
+    if error["type"] == "value_error":  # keys that do not go together: said whole by `pipeline.config`
+        return error["msg"].removeprefix("Value error, ")
     if not error["msg"].startswith("Input should be "):
         return f"{error['msg']}, not {given!r}"
     what = error["msg"].removeprefix("Input should be ").removeprefix("a valid ").replace("equal to", "=")

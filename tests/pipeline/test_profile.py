@@ -68,6 +68,10 @@ def test_the_rate_of_a_shipped_profile_is_a_number(name: str) -> None:
             "configs/mine.yaml:4: beta: there is no such key; try `dpo_config.beta`",
         ),
         (
+            "dpo_config: {label_smoothing: 0.1}\n",
+            "configs/mine.yaml:3: dpo_config: label_smoothing is used by loss_type robust alone",
+        ),
+        (
             "xyzzy: 1\n",
             "configs/mine.yaml:3: xyzzy: there is no such key; try `aletheia config explain` for all keys",
         ),
