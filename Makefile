@@ -37,7 +37,7 @@ demo: setup
 data: setup
 	$(ALETHEIA) data snapshot $(profile)
 sft: setup
-	$(ALETHEIA) sft $(profile) $(resume)
+	$(ALETHEIA) sft $(profile) $(from) $(resume)
 dpo: setup
 	$(ALETHEIA) dpo $(profile) $(from) $(resume)
 merge: setup

@@ -60,19 +60,29 @@ def _root() -> None:
 def sft(
     profile: ProfileOption = DEFAULT,
     set_: SetOption = None,
+    source: FromOption = None,
     resume: ResumeOption = False,
     dry_run: DryRunOption = False,
     hypothesis: HypothesisOption = None,
     criterion: CriterionOption = None,
 ) -> None:
-    """Supervised fine-tuning: a LoRA adapter on the base model.
+    """Supervised fine-tuning: a LoRA adapter on the base model (or, with --from, one that goes on from a record's).
 
     \b
     Example:  aletheia sft --profile tiny --set sft_config.epochs=1.0
     """
     from pipeline.sft import Sft
 
-    _run(Sft, profile, set_, dry_run, resume=resume, hypothesis=hypothesis, criteria=tuple(criterion or ()))
+    _run(
+        Sft,
+        profile,
+        set_,
+        dry_run,
+        source=source,
+        resume=resume,
+        hypothesis=hypothesis,
+        criteria=tuple(criterion or ()),
+    )
 
 
 @app.command()

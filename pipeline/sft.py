@@ -7,6 +7,7 @@ the record the held-out loss before and after, per row, with its interval. Each 
 trained and nothing else; the loss is the mean over a step's trained tokens. `--from EXP` goes on from that adapter.
 """
 
+import json
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -45,6 +46,7 @@ class Sft:
         chat = base.chat()
         if source:
             check_trained_on(base, chat, job.workspace, source)
+            _check_same_adapter(job, source)
         rows = read(job.workspace, job.config, Conversation, chat)
         rows.shared = say_what_the_other_holds_out(job.workspace, job.config, rows, Conversation)
         lengths = Lengths.of(
@@ -121,3 +123,15 @@ class Sft:
 
         alter = shuffled if config.shuffle_answers else None
         return encoded(self.job, record, self.base, self.chat, self.rows, encode, config.max_length, alter)
+
+
+def _check_same_adapter(job: Job, source: Source) -> None:
+    """An adapter that goes on keeps its shape: the profile may say no other, or the record would not be true."""
+    config = job.config.sft_config
+    stored = json.loads((source.output / "adapter_config.json").read_text("utf-8"))
+    kind = "dora" if stored.get("use_dora") else "rslora" if stored.get("use_rslora") else "lora"
+    said = {"lora_rank": (config.lora_rank, stored["r"]), "lora_alpha": (config.lora_alpha, stored["lora_alpha"])}
+    for key, (now, then) in (said | {"adapter": (config.adapter, kind)}).items():
+        if now != then:
+            what = f"is {now}, the adapter of {source.file.id} has {then}"
+            raise job.profile.error(f"sft_config.{key}", what, f"--set sft_config.{key}={then}")

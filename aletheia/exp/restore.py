@@ -80,7 +80,7 @@ class Restored:
         if facts.stage == "data":
             return ["data", "snapshot"]
         if facts.stage == "sft":
-            return ["sft"]
+            return ["sft", *(["--from", facts.lineage.inputs[0].id] if facts.lineage.inputs else [])]
         parts = []
         if facts.stage == "eval":
             parts += ["heldout"] if "conversations" in facts.data or "pairs" in facts.data else []

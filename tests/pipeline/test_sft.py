@@ -196,3 +196,22 @@ def test_a_step_that_fails_names_the_rows_it_saw(
     with pytest.raises(StageFailed, match="at step 1") as failed:
         run_stage(Sft, job(*settings, f"base_model={tmp_path / 'broken'}"))
     assert failed.value.rows == [expected]
+
+
+def test_sft_from_a_record_goes_on_from_its_adapter(
+    small_talk: Workspace, job: Callable[..., Job], base: Base, answer_losses: Losses
+) -> None:
+    first = run_stage(Sft, job("sft_config.epochs=3.0"))
+    more = run_stage(Sft, job(*ONE_STEP, source=first.id))
+    assert [taken.id for taken in more.facts.lineage.inputs] == [first.id]
+    chat, rows = base.chat(), read_rows(small_talk, "data/sft", Conversation)
+
+    def loss(adapter: Path | None) -> float:
+        model = plain(base, adapter)
+        found = [loss for row in rows for loss in answer_losses(model, chat.conversation(row.messages))]
+        return sum(found) / len(found)
+
+    assert logged(more)[0]["loss"] == pytest.approx(loss(first.output / "adapter"), abs=1e-3)
+    assert logged(more)[0]["loss"] < loss(None) - 0.05
+    with pytest.raises(UserError, match=r"sft_config\.lora_rank: is 3, the adapter of .* has \d+; try --set"):
+        Sft.prepare(job("sft_config.lora_rank=3", source=first.id))
