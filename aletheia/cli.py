@@ -22,6 +22,7 @@ from aletheia.options import (
     CriterionOption,
     DryRunOption,
     FromOption,
+    GoOnFromOption,
     HypothesisOption,
     JsonOption,
     ProfileOption,
@@ -60,7 +61,7 @@ def _root() -> None:
 def sft(
     profile: ProfileOption = DEFAULT,
     set_: SetOption = None,
-    source: FromOption = None,
+    source: GoOnFromOption = None,
     resume: ResumeOption = False,
     dry_run: DryRunOption = False,
     hypothesis: HypothesisOption = None,

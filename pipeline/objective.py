@@ -8,6 +8,7 @@ import torch
 
 from pipeline import preference
 from pipeline.config import DpoConfig
+from pipeline.errors import UserError
 from pipeline.head import sequence_sums
 from pipeline.passes import Pass
 from pipeline.preference import PairLogProbs
@@ -16,7 +17,15 @@ PairSums = tuple[float, float]  # log-probs of chosen and rejected, nats
 
 
 def domain_weights(weights: dict[str, float], domains: Sequence[str | None]) -> list[float]:
-    """A row's weight in the loss, by its domain; 1 where none is named."""
+    """A row's weight in the loss, by its domain; 1 where none is named.
+
+    Raises `UserError` for a domain that no row has: its weight would do nothing, and say nothing.
+    """
+    if unknown := sorted(set(weights) - set(domains)):
+        known = ", ".join(sorted({domain for domain in domains if domain})) or "none"
+        raise UserError(
+            f"no row to train has the domain `{unknown[0]}`", where="domain_weights", remedy=f"one of: {known}"
+        )
     return [weights.get(domain or "", 1.0) for domain in domains]
 
 

@@ -201,8 +201,10 @@ def _packing_problem(model: Any, rows: Sequence[Row], how: Execution) -> str | N
                 sums = sequence_sums(token_log_probs(model, batch.to(device)), batch.to(device)).tolist()
             rows_of = [row for row in batch.rows for _ in range(len(sums) // len(few))]
             found.append([sums[i] for i in sorted(range(len(sums)), key=rows_of.__getitem__)])
+    except torch.OutOfMemoryError:  # a RuntimeError too, and no word on packing
+        raise
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:  # it takes no attention of ours
-        return str(error).splitlines()[0]
+        return f"{type(error).__name__}: {error}".splitlines()[0]
     finally:
         model.train(was_training)
     tokens = sum(map(supervised, few))

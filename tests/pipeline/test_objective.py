@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline import preference
 from pipeline.config import DpoConfig
+from pipeline.errors import UserError
 from pipeline.objective import PreferenceLoss, SupervisedLoss, domain_weights
 from pipeline.passes import Row, lay, supervised
 from pipeline.preference import PairLogProbs
@@ -55,6 +56,11 @@ def test_the_supervised_loss_is_the_weighted_mean_over_the_steps_tokens(pass_tok
     expected = -(weights * torch.cat([each for (each,) in log_probs])).sum() / weights.sum()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     assert (gradients(loss, log_probs) - gradients(expected, log_probs)).abs().max() < 1e-12
+
+
+def test_a_weight_for_a_domain_that_no_row_has_is_refused() -> None:
+    with pytest.raises(UserError, match="no row to train has the domain `apis`; try one of: api, ops"):
+        domain_weights({"api": 2.0, "apis": 3.0}, ["ops", "api", None])
 
 
 def test_rows_are_weighted_by_their_domain() -> None:
