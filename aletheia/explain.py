@@ -28,6 +28,7 @@ def _follows(job: Job) -> Iterator[tuple[str, str]]:
     from pipeline.fit import Lengths
     from pipeline.footprint import Shape
     from pipeline.model import read_config
+    from pipeline.plan import orders
     from pipeline.preflight import predict, schedule
     from pipeline.quiet import quiet
 
@@ -46,11 +47,13 @@ def _follows(job: Job) -> Iterator[tuple[str, str]]:
             yield stage, f"unknown: {error}"
             continue
         yield f"{stage} rows", rows.text()
+        config = getattr(job.config, f"{stage}_config")
+        epoch = next(orders(config, rows.domains, job.config.seed))
         if shape is None:
-            yield f"{stage} steps", schedule(getattr(job.config, f"{stage}_config"), len(rows.train))
+            yield f"{stage} steps", schedule(config, len(epoch))
             continue
         try:
-            found = predict(job, stage, Lengths.guessed(rows.train, rows.held_out), shape).rows()
+            found = predict(job, stage, Lengths.guessed(rows.train, rows.held_out, epoch), shape).rows()
         except AletheiaError as error:  # it does not fit
             found = [("memory", str(error))]
         yield from ((f"{stage} {label}", value) for label, value in found)

@@ -1,8 +1,10 @@
 """What a command asks of a stage, and the run of it."""
 
+from dataclasses import replace
 from typing import Any
 
 from pipeline.profile import load_profile
+from pipeline.ranks import join
 from pipeline.stage import Job, dry_run, run_stage
 from pipeline.workspace import Workspace
 
@@ -14,6 +16,7 @@ def make_job(profile: str, assignments: list[str] | None, **options: Any) -> Job
 
 def run_or_plan(stage: Any, job: Job, plan_only: bool) -> None:
     """Runs the stage and prints its record's path; or only says what it would do."""
+    job = replace(job, ranks=join(job.config.device))
     if plan_only:
         dry_run(stage, job)
     else:

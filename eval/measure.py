@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eval import benchmarks
 from pipeline import heldout
-from pipeline.chat import Chat
+from pipeline.chat import Chat, Encoded
 from pipeline.config import EvalConfig
 from pipeline.data.rows import Conversation, Message, PreferencePair, Question
 from serving.engine import Answer, Sampling, generate_all
+
+if TYPE_CHECKING:
+    from pipeline.trainer import Execution
 
 
 @dataclass
@@ -33,13 +36,15 @@ class Measurement:
 
 
 def measure(model: Any, chat: Chat, items: Items, config: EvalConfig, label: str) -> Measurement:
-    result, pad = Measurement(), chat.tokenizer.pad_token_id
+    result = Measurement()
     if items.conversations:
-        encoded = [chat.conversation(row.messages) for row in items.conversations]
-        result.losses = heldout.losses(model, encoded, pad, config.batch_size, f"{label}: held-out loss")
+        rows = [chat.conversation(row.messages) for row in items.conversations]
+        result.losses = heldout.losses(model, rows, _passes(model, rows, chat, config), f"{label}: held-out loss")
     if items.pairs:
         pairs = [chat.pair(pair) for pair in items.pairs]
-        result.margins = heldout.margins(model, pairs, pad, config.batch_size, f"{label}: held-out pairs")
+        how = _passes(model, [side for pair in pairs for side in pair], chat, config)
+        log_probs = heldout.pair_log_probs(model, pairs, how, f"{label}: held-out pairs")
+        result.margins = [chosen - rejected for chosen, rejected in log_probs]
     if items.tasks:
         result.scores = benchmarks.run(model, chat, items.tasks, config, label)
     if items.questions:
@@ -48,3 +53,13 @@ def measure(model: Any, chat: Chat, items: Items, config: EvalConfig, label: str
             model, chat, prompts, Sampling(config.max_tokens, config.temperature), config.seed, f"{label}: answers"
         )
     return result
+
+
+def _passes(model: Any, sequences: Sequence[Encoded], chat: Chat, config: EvalConfig) -> "Execution":
+    """Padded: nothing has shown that this model can be packed, and generation wants its attention as it is."""
+    from pipeline.packing import one_row_a_pass
+    from pipeline.trainer import Execution
+
+    alone = one_row_a_pass(model, sequences)
+    longest = max(len(sequence.ids) for sequence in sequences)
+    return Execution(1 if alone else config.batch_size * longest, packed=False, pad_id=chat.tokenizer.pad_token_id or 0)

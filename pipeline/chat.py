@@ -17,16 +17,18 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self, TypeVar
 
 from pipeline.data.rows import Message, PreferencePair
 from pipeline.encoded import Encoded
 from pipeline.errors import UserError
+
+T = TypeVar("T")
 
 CONTRACT_FILE = "chat_contract.json"
 PROBES = (
@@ -102,6 +104,7 @@ class Chat:
 
     def __init__(self, tokenizer: Any, name: str) -> None:
         self.tokenizer, self.name = tokenizer, name
+        self._known: dict[Any, Any] | None = None
         if not tokenizer.chat_template:
             raise UserError("its tokenizer has no chat template", where=name, remedy="an instruct model")
         if tokenizer.eos_token is None:
@@ -122,8 +125,16 @@ class Chat:
         """Token ids of a prompt, ready for the assistant's turn: in training, in serving and in evaluation."""
         return self._tokenize([self._prompt(messages)])[0]
 
+    def remember(self) -> Self:
+        """From now on keeps what it encodes: a training asks for each row when it is checked, predicted and trained."""
+        self._known = {}
+        return self
+
     def conversation(self, messages: Sequence[Message]) -> Encoded:
         """The whole conversation; each assistant's turn and its one end-of-turn is trained, nothing else."""
+        return self._once(lambda: self._conversation(messages), messages)
+
+    def _conversation(self, messages: Sequence[Message]) -> Encoded:
         turns = [self._last_turn(messages[: n + 1]) for n, m in enumerate(messages) if m.role == "assistant"]
         if not turns:
             return Encoded([], [])
@@ -135,6 +146,9 @@ class Chat:
 
     def pair(self, pair: PreferencePair) -> tuple[Encoded, Encoded]:
         """Prompt + chosen and prompt + rejected; only the completions are trained."""
+        return self._once(lambda: self._pair(pair), pair.prompt, pair.chosen, pair.rejected)
+
+    def _pair(self, pair: PreferencePair) -> tuple[Encoded, Encoded]:
         sides = [self._last_turn([*pair.prompt, *answer]) for answer in (pair.chosen, pair.rejected)]
         prompt, chosen, rejected = self._tokenize([sides[0].prompt, *map(self._rest, sides)])
         return self._masked([prompt], chosen), self._masked([prompt], rejected)
@@ -145,6 +159,15 @@ class Chat:
 
     def reserved(self, text: str) -> str | None:
         return next((token for token in self._reserved if token in text), None)
+
+    def _once(self, encode: Callable[[], T], *parts: Sequence[Message]) -> T:
+        if self._known is None:
+            return encode()
+        key = tuple(tuple((m.role, m.content) for m in part) for part in parts)
+        if key not in self._known:
+            self._known[key] = encode()
+        found: T = self._known[key]
+        return found
 
     # ── Text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -127,6 +127,11 @@ class TrainingConfig(Section):
     domain_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
         {}, description="weight of a domain's rows in the loss; 1 where none is named"
     )
+    domain_sampling: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {},
+        description="times that an epoch meets a domain's rows: 2 twice, 0.5 half of them, the next epoch the others; "
+        "1 where none is named",
+    )
     guards: Guards = Field(Guards(), description="what stops a training that went wrong")
 
 
@@ -148,8 +153,10 @@ class DpoConfig(TrainingConfig):
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-5, description="peak rate of AdamW")
     epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the training pairs")
     beta: Annotated[float, Field(gt=0)] = Field(0.1, description="how strongly the policy is held to the reference")
-    loss_type: Literal["sigmoid", "ipo", "robust", "hinge", "apo_zero", "sppo_hard", "orpo"] = Field(
-        "sigmoid", description="sigmoid is DPO; orpo needs no reference, and as published an sft_weight of 1"
+    loss_type: Literal["sigmoid", "ipo", "robust", "hinge", "apo_zero", "kto", "sppo_hard", "orpo"] = Field(
+        "sigmoid",
+        description="sigmoid is DPO; kto judges each answer by itself, for one more forward pass a step; "
+        "orpo needs no reference, and as published an sft_weight of 1",
     )
     sft_weight: Annotated[float, Field(ge=0)] = Field(
         0.0, description="adds this × the loss of the chosen answers (RPO), which keeps their log-probs from collapsing"

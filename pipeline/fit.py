@@ -30,24 +30,33 @@ class Lengths:
 
     train: Sequence[int]
     held_out: Sequence[int] = ()
-    supervised: int | None = None  # of the training rows in all
+    supervised: int | None = None  # of the rows that an epoch meets, in all
     counted: bool = True  # False: estimated
+    epoch: Sequence[int] | None = None  # numbers of the training rows that an epoch meets; None: each once
 
     @classmethod
-    def of(cls, train: Sequence[Any], held_out: Sequence[Any] = ()) -> Self:
+    def of(cls, train: Sequence[Any], held_out: Sequence[Any] = (), epoch: Sequence[int] | None = None) -> Self:
         """Of encoded rows, or of pairs of them."""
         from pipeline.passes import size, supervised
 
-        return cls([size(row) for row in train], [size(row) for row in held_out], sum(map(supervised, train)))
+        met = train if epoch is None else [train[row] for row in epoch]
+        learnt = sum(map(supervised, met))
+        return cls([size(row) for row in train], [size(row) for row in held_out], learnt, epoch=epoch)
 
     @classmethod
-    def guessed(cls, train: Iterable[Any], held_out: Iterable[Any] = ()) -> Self:
+    def guessed(cls, train: Iterable[Any], held_out: Iterable[Any] = (), epoch: Sequence[int] | None = None) -> Self:
         """Of rows as read, by their characters."""
 
         def tokens(row: Any) -> int:
             return math.ceil(sum(len(text) for text in (*row.asked, *row.answers)) / CHARACTERS)
 
-        return cls([tokens(row) for row in train], [tokens(row) for row in held_out], counted=False)
+        lengths = [tokens(row) for row in train], [tokens(row) for row in held_out]
+        return cls(*lengths, counted=False, epoch=epoch)
+
+    @property
+    def met(self) -> Sequence[int]:
+        """Of the rows that an epoch meets."""
+        return self.train if self.epoch is None else [self.train[row] for row in self.epoch]
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,7 @@ class Task:
         """As it would be with other values in the profile, by key."""
         lengths, longest = self.lengths, changes.get("max_length")
         if longest and lengths.counted:
-            lengths = replace(lengths, train=[n for n in lengths.train if n <= longest] or [longest])
+            lengths = replace(lengths, train=[n for n in lengths.train if n <= longest] or [longest], epoch=None)
         own = {key: value for key, value in changes.items() if key in ("precision", "quantization")}
         inner = {key: value for key, value in changes.items() if key not in own}
         config, lora = self.config.model_copy(update=inner), self.lora.model_copy(update=inner)

@@ -30,6 +30,7 @@ DIRECTIONS = 2  # for each tensor: one alone may happen to lie across the gradie
 STEP = 1e-5  # along a direction of length 1: the error is of order STEP², and of rounding, 1e-16 / STEP
 PASS_TOKENS = 24  # two passes and more
 VOCABULARY = 64
+KL = 0.3  # nats: KTO's reference point, which no gradient goes through
 
 Answers = list[Tensor]  # log-probs of each sequence's trained tokens
 Loss = SupervisedLoss | PreferenceLoss
@@ -107,7 +108,7 @@ def _preferences(pairs: list[tuple[Encoded, Encoded]], reference: list[float], s
 
     def case(name: str, config: DpoConfig) -> _Case:
         def step_loss() -> Loss:
-            return PreferenceLoss(list(range(len(pairs))), config, tokens, [1.0] * len(pairs), known)
+            return PreferenceLoss(list(range(len(pairs))), config, tokens, [1.0] * len(pairs), known, KL)
 
         def formula(answers: Answers) -> Tensor:
             chosen, rejected = answers[::2], answers[1::2]
@@ -150,6 +151,8 @@ def _as_in_its_paper(config: DpoConfig, chosen: Tensor, rejected: Tensor, r: Ten
             return torch.clamp(1 - beta * (r - s), min=0)
         case "apo_zero":
             return (1 - sigma(beta * r)) + sigma(beta * s)
+        case "kto":
+            return ((1 - sigma(beta * (r - KL))) + (1 - sigma(beta * (KL - s)))) / 2
         case "sppo_hard":
             return (r - 0.5 / beta) ** 2 + (s + 0.5 / beta) ** 2
         case "orpo":

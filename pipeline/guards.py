@@ -9,6 +9,7 @@ Nothing here touches the run: what a trip does is the profile's `guards.policy`.
 A false alarm ends a run that was sound, and a run that learns badly shows it anyway, so the bounds are wide. They were tried on
 thousands of simulated runs, of 1 to 32 rows a step, and on logs of real ones (`tests/pipeline/test_guards.py`).
 
+- Rows are met in random order, so that steps can be compared; in a curriculum only what follows a large update is told.
 - A spike does no more than any other step, since gradients are clipped: it must be `spike` times the largest norm so far.
   Over the median would not do: the norm of a step of few tokens, or of a hard pair, can be 30 times that.
 - One step's loss says little (a DPO loss of 1e-4 and then of 2 is no fault). An explosion is LASTING steps, all over
@@ -50,6 +51,7 @@ Kind = Literal[
     "loss_explosion",
     "flat_loss",
     "dead_adapter",
+    "update_not_finite",
 ]
 LOWER_RATE = "a lower learning_rate"
 
@@ -75,13 +77,24 @@ class Taken(NamedTuple):
 class Guards:
     """Remembers the steps that were taken; one that tripped was not, nor one that fp16's scaler skipped."""
 
-    def __init__(self, settings: config.Guards, history: Sequence[Mapping[str, Any]] = ()) -> None:
-        """`history`: the log's lines of a run that goes on. Its decisions are those of one that was never interrupted."""
-        self.settings = settings
+    def __init__(
+        self,
+        settings: config.Guards,
+        history: Sequence[Mapping[str, Any]] = (),
+        curriculum: bool = False,
+        rows_differ: bool = True,
+    ) -> None:
+        """`history`: the log's lines of a run that goes on. Its decisions are those of one that was never interrupted.
+
+        `curriculum`: later rows are harder, so that a higher loss or gradient alone says nothing. `rows_differ`: from step
+        to step; where every step learns from all rows, a loss that hardly changes is none to wonder at.
+        """
+        self.settings, self.curriculum, self.rows_differ = settings, curriculum, rows_differ
         self._taken: deque[Taken] = deque(maxlen=WINDOW + LASTING - 1)
         self._first: list[float] = []
         self._sound: deque[float] = deque(maxlen=WINDOW)  # losses before the first large update
         self._largest_norm = self._largest_update = self._highest_rate = 0.0
+        self._lowest = math.inf  # of the running medians: the loss of a slow explosion is usual at every step
         self._overflows = 0
         for line in history:
             if "trip" not in line and all(figure in line for figure in Taken._fields):
@@ -104,6 +117,9 @@ class Guards:
         self, *, step: int, loss: float, grad_norm: float, update_norm: float, learning_rate: float
     ) -> Trip | None:
         """`learning_rate`: the one this update was made with. `update_norm`: ‖Δθ‖ / ‖θ‖ over the adapter."""
+        if not math.isfinite(update_norm):  # the next step's loss would show it, but there may be none
+            what = f"the update of step {step} is {update_norm} of the adapter, whose weights are no numbers any more"
+            return Trip("update_not_finite", what, LOWER_RATE)
         self._remember(Taken(loss, grad_norm, update_norm, learning_rate))
         if self._overflows >= OVERFLOWS:
             what = f"the gradient norm was not finite in {self._overflows} steps in a row, up to step {step}"
@@ -117,6 +133,8 @@ class Guards:
         self._overflows = 0
         step = Taken(*(float(f"{figure:.6g}") for figure in step))  # as in the log, so that a resume knows the same
         self._taken.append(step)
+        if len(self._taken) >= GRACE:
+            self._lowest = min(self._lowest, median(taken.loss for taken in self._taken))
         if len(self._first) < FIRST:
             self._first.append(step.loss)
         if self._largest_update <= LARGE_UPDATE:
@@ -129,8 +147,9 @@ class Guards:
         losses = [taken.loss for taken in self._taken] + [loss]
         before, lasting = losses[:-LASTING], losses[-LASTING:]
         level, moved, what = median(lasting), self._largest_update, ""
-        if before:
-            times, usual = self.settings.explosion, max(median(self._first), _usual(before), NOTHING_LEFT)
+        if before and not self.curriculum:
+            usual = max(median(self._first), min(_usual(before), self._lowest), NOTHING_LEFT)
+            times = self.settings.explosion
             if min(lasting) > times * usual and level > max(before):
                 what = f"over {times:g} × the usual {usual:.4g} for {LASTING} steps"
         if not what and moved > LARGE_UPDATE and len(lasting) == LASTING:
@@ -140,7 +159,7 @@ class Guards:
         return Trip("loss_explosion", f"the loss is {loss:.4g} at step {step}: {what}", LOWER_RATE) if what else None
 
     def _spike(self, step: int, grad_norm: float) -> Trip | None:
-        if len(self._taken) < GRACE or grad_norm <= self.settings.spike * self._largest_norm:
+        if self.curriculum or len(self._taken) < GRACE or grad_norm <= self.settings.spike * self._largest_norm:
             return None
         what = f"the gradient norm is {grad_norm:.4g} at step {step}, and was {self._largest_norm:.4g} at most"
         return Trip("gradient_spike", what, f"looking at these rows, or {LOWER_RATE}")
@@ -161,7 +180,7 @@ class Guards:
     def _flat(self, step: int) -> Trip | None:
         lasting = list(self._taken)[-FLAT:]
         losses = [taken.loss for taken in lasting]
-        if len(lasting) < FLAT or max(losses) - min(losses) > SAME * abs(losses[-1]):
+        if not self.rows_differ or len(lasting) < FLAT or max(losses) - min(losses) > SAME * abs(losses[-1]):
             return None
         if not all(map(self._should_move, lasting)):
             return None

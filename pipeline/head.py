@@ -5,6 +5,8 @@ log-probability of its targets and the direction in which that moves the hidden 
 (The idea is that of Liger's fused linear cross-entropy, arXiv 2410.10989, which needs a GPU.)
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,10 +23,12 @@ def token_log_probs(model: Any, batch: Pass) -> torch.Tensor:
     base = bare(model)
     if batch.documents is None:
         inputs = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
-        logits = base(input_ids=batch.input_ids, use_cache=False, **inputs).logits
-        return torch.log_softmax(_wide(logits.flatten(0, 1)[batch.predicted_at]), -1).gather(
-            -1, batch.targets[:, None]
-        )[:, 0]
+        with _head_at(base, batch.predicted_at):
+            logits = base(input_ids=batch.input_ids, use_cache=False, **inputs).logits.flatten(0, -2)
+        if len(logits) != len(batch.targets):  # its head could not be told where to look
+            logits = logits[batch.predicted_at]
+        parts = zip(logits.split(CHUNK), batch.targets.split(CHUNK), strict=True)
+        return torch.cat([_of_targets(part, targets) for part, targets in parts])
     hidden = base.get_decoder()(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -34,7 +38,7 @@ def token_log_probs(model: Any, batch: Pass) -> torch.Tensor:
     ).last_hidden_state
     wanted, head = hidden[0, batch.predicted_at], base.get_output_embeddings()
     if type(head) is not torch.nn.Linear or head.weight.requires_grad:  # it has an adapter, or is trained
-        return torch.log_softmax(_wide(head(wanted)), -1).gather(-1, batch.targets[:, None])[:, 0]
+        return _of_targets(head(wanted), batch.targets)
     found: torch.Tensor = _FrozenHead.apply(wanted.to(head.weight.dtype), head.weight, head.bias, batch.targets)
     return found
 
@@ -48,6 +52,28 @@ def bare(model: Any) -> Any:
     """The transformers model inside wrappers for several processes and for adapters."""
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def _head_at(base: Any, places: torch.Tensor) -> Iterator[None]:
+    """In the model's own forward pass the LM head is given these places of the flattened pass alone.
+
+    What the model does to its logits (scale, soft cap) is still done: other ways are checked against this one.
+    """
+    head = base.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _, given: (given[0].flatten(0, -2)[places][None], *given[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _of_targets(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(n, vocabulary), (n,) → (n,) log-probabilities."""
+    return torch.log_softmax(_wide(logits), -1).gather(-1, targets[:, None])[:, 0]
 
 
 class _FrozenHead(torch.autograd.Function):

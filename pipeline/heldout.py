@@ -1,17 +1,27 @@
-"""What a model makes of rows it was not trained on: one figure a row, so that differences can be paired."""
+"""What a model makes of rows as it is: their log-probabilities, in the same passes as training.
+
+Of held-out rows that is one figure a row, so that differences can be paired; of DPO's training pairs, before the first
+step, it is the reference (`pipeline.reference`). The same rows, weights and pass size give the same figures bit by bit.
+"""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.chat import Encoded
-from pipeline.progress import track
+from pipeline.encoded import Encoded
+from pipeline.errors import StageFailed
+from pipeline.progress import Progress, say
 from pipeline.statistics import Figure
 
-Pause = Callable[[], None]  # called before each batch; what it raises ends the measurement
+if TYPE_CHECKING:
+    from pipeline.passes import Pass, Row
+    from pipeline.trainer import Execution
+
+Pause = Callable[[], None]  # called before each pass; what it raises ends the measurement
+TOGETHER = 1024  # rows laid at once: enough to fill passes well, few enough to hold
 
 
 @dataclass(frozen=True)
@@ -27,63 +37,83 @@ def no_pause() -> None:
 
 
 def losses(
-    model: Any, encoded: Sequence[Encoded], pad_id: int | None, batch_size: int, what: str, pause: Pause = no_pause
+    model: Any, sequences: Sequence[Encoded], how: "Execution", what: str, pause: Pause = no_pause
 ) -> list[float]:
-    """Mean negative log-likelihood of each row's trained tokens, nats a token."""
-    sums = log_probs(model, encoded, pad_id, batch_size, what, pause)
-    return [-total / sum(e.mask[1:]) for total, e in zip(sums, encoded, strict=True)]
-
-
-def margins(
-    model: Any, pairs: Sequence[tuple[Encoded, Encoded]], pad_id: int | None, batch_size: int, what: str
-) -> list[float]:
-    """log p(chosen) − log p(rejected) of each pair, nats. A positive change under training is a right preference."""
-    return [chosen - rejected for chosen, rejected in pair_log_probs(model, pairs, pad_id, batch_size, what)]
+    """Mean negative log-likelihood of each sequence's trained tokens, nats a token."""
+    sums = log_probs(model, sequences, how, what, pause)
+    return [-total / sum(sequence.mask) for (total,), sequence in zip(sums, sequences, strict=True)]
 
 
 def pair_log_probs(
-    model: Any,
-    pairs: Sequence[tuple[Encoded, Encoded]],
-    pad_id: int | None,
-    batch_size: int,
-    what: str,
-    pause: Pause = no_pause,
+    model: Any, pairs: Sequence[tuple[Encoded, Encoded]], how: "Execution", what: str, pause: Pause = no_pause
 ) -> list[tuple[float, float]]:
     """log p of each pair's chosen and rejected answer, nats."""
-    flat = [side for pair in pairs for side in pair]
-    scores = log_probs(model, flat, pad_id, batch_size, what, pause)
-    return list(zip(scores[::2], scores[1::2], strict=True))
+    return [(chosen, rejected) for chosen, rejected in log_probs(model, pairs, how, what, pause)]
 
 
 def log_probs(
-    model: Any, encoded: Sequence[Encoded], pad_id: int | None, batch_size: int, what: str, pause: Pause = no_pause
-) -> list[float]:
-    """Sum of the log-probabilities of each sequence's trained tokens, nats; float32 whatever the model computes in."""
+    model: Any, rows: "Sequence[Row]", how: "Execution", what: str, pause: Pause = no_pause, quiet: bool = False
+) -> list[tuple[float, ...]]:
+    """Of each row the log-probabilities of its trained tokens, summed, nats: of a pair those of chosen and rejected.
+
+    In eval mode; each is float32 whatever the model computes in. When memory runs out, `how.pass_tokens` is halved and
+    what is left is measured so. `quiet`: no progress is shown. Raises `StageFailed` when a row alone does not fit.
+    """
     import torch
 
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))  # alike lengths together: less padding
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    totals = [0.0] * len(encoded)
-    with _eval_mode(model), torch.inference_mode():
-        for batch in track(batches, what, unit="batch"):
-            pause()
-            longest = max(len(encoded[i].ids) for i in batch)
-            ids = torch.full((len(batch), longest), pad_id or 0)  # masked, so any id does; some tokenizers have none
-            trained = torch.zeros((len(batch), longest), dtype=torch.bool)
-            attention = torch.zeros((len(batch), longest), dtype=torch.long)
-            for row, i in enumerate(batch):
-                length = len(encoded[i].ids)
-                ids[row, :length] = torch.tensor(encoded[i].ids)
-                trained[row, :length] = torch.tensor(encoded[i].mask)
-                attention[row, :length] = 1
-            ids, trained, attention = (t.to(model.device) for t in (ids, trained, attention))
-            logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1]
-            for row, i in enumerate(batch):
-                wanted = trained[row, 1:]
-                targets = ids[row, 1:][wanted]
-                chosen = torch.log_softmax(logits[row][wanted].float(), -1).gather(-1, targets[:, None])
-                totals[i] = chosen.sum().item()
-    return totals
+    from pipeline.passes import lay, size
+
+    found: dict[int, tuple[float, ...]] = {}
+    longest_first = sorted(range(len(rows)), key=lambda i: -size(rows[i]))  # alike lengths together: less padding
+    unit = "pair" if rows and isinstance(rows[0], tuple) else "row"
+    shown = nullcontext() if quiet else Progress(what, len(rows), unit)
+    with _eval_mode(model), torch.inference_mode(), shown as progress:
+        for start in range(0, len(rows), TOGETHER):
+            while left := [i for i in longest_first[start : start + TOGETHER] if i not in found]:
+                for batch in lay([rows[i] for i in left], how.pass_tokens, how.packed, how.pad_id):
+                    pause()
+                    sums = _sums(model, batch, how)
+                    if sums is None:
+                        _halve(how, batch, what)
+                        break
+                    found |= {left[row]: of_row for row, of_row in zip(batch.rows, sums, strict=True)}
+                    if progress:
+                        progress.advance(len(found))
+    return [found[i] for i in range(len(rows))]
+
+
+def _sums(model: Any, batch: "Pass", how: "Execution") -> list[tuple[float, ...]] | None:
+    """Of each row of a pass, its sequences' sums; None when memory ran out."""
+    from pipeline.head import sequence_sums, token_log_probs
+    from pipeline.passes import out_of_memory
+
+    try:
+        with how.autocast(model.device):
+            found = token_log_probs(model, batch.to(model.device))
+        sums = sequence_sums(found.cpu().double(), batch).tolist()  # a GPU adds up in no fixed order
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return None
+    sides = batch.sequences // len(batch.rows)
+    return [tuple(sums[start : start + sides]) for start in range(0, len(sums), sides)]
+
+
+def _halve(how: "Execution", batch: "Pass", what: str) -> None:
+    """Raises `StageFailed` when the pass that did not fit has one row."""
+    import torch
+
+    if len(batch.rows) == 1:
+        raise StageFailed(
+            f"out of memory in {what}, with one row of {batch.tokens:,} tokens in a pass",
+            remedy="quantization: nf4, or a smaller max_length",
+        )
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    before = how.pass_tokens
+    how.pass_tokens = min(before, batch.input_ids.numel()) // 2
+    how.out_of_memory.append({"measuring": what, "pass_tokens": how.pass_tokens})
+    say(f"\nout of memory in {what}: goes on with {how.pass_tokens:,} tokens a pass in place of {before:,}")
 
 
 @contextmanager

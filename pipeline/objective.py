@@ -8,24 +8,13 @@ import torch
 
 from pipeline import preference
 from pipeline.config import DpoConfig
-from pipeline.errors import UserError
 from pipeline.head import sequence_sums
 from pipeline.passes import Pass
-from pipeline.preference import PairLogProbs
-
-PairSums = tuple[float, float]  # log-probs of chosen and rejected, nats
+from pipeline.preference import PairLogProbs, PairSums
 
 
 def domain_weights(weights: dict[str, float], domains: Sequence[str | None]) -> list[float]:
-    """A row's weight in the loss, by its domain; 1 where none is named.
-
-    Raises `UserError` for a domain that no row has: its weight would do nothing, and say nothing.
-    """
-    if unknown := sorted(set(weights) - set(domains)):
-        known = ", ".join(sorted({domain for domain in domains if domain})) or "none"
-        raise UserError(
-            f"no row to train has the domain `{unknown[0]}`", where="domain_weights", remedy=f"one of: {known}"
-        )
+    """A row's weight in the loss, by its domain; 1 where none is named."""
     return [weights.get(domain or "", 1.0) for domain in domains]
 
 
@@ -55,6 +44,7 @@ class PreferenceLoss:
     tokens: Sequence[tuple[int, int]]  # supervised tokens of chosen and rejected, of every pair of the training
     weights: Sequence[float]
     reference: Sequence[PairSums]
+    kl: float = 0.0  # KTO's reference point of the whole step, nats (`pipeline.kto`)
     _seen: list[PairLogProbs] = field(default_factory=list)
 
     def part(self, log_probs: torch.Tensor, batch: Pass) -> torch.Tensor:
@@ -74,13 +64,15 @@ class PreferenceLoss:
             rejected_tokens=tensor([self.tokens[pair][1] for pair in pairs]),
         )
         self._seen.append(PairLogProbs(*(value.detach() for value in vars(known).values())))
-        loss = (preference.losses(self.config, known) * weights).sum() / sum(self.weights[row] for row in self.rows)
+        losses = preference.losses(self.config, known, self.kl)
+        loss = (losses * weights).sum() / sum(self.weights[row] for row in self.rows)
         if self.config.sft_weight:
             chosen = sum(self.weights[row] * self.tokens[row][0] for row in self.rows)
             loss = loss - self.config.sft_weight * (known.chosen * weights).sum() / chosen
         return loss
 
     def figures(self) -> dict[str, float]:
-        """Rewards, margins and accuracy over the step's pairs."""
+        """Rewards, margins and accuracy over the step's pairs; of KTO the reference point too."""
         whole = (torch.cat(parts) for parts in zip(*(vars(seen).values() for seen in self._seen), strict=True))
-        return preference.figures(self.config, PairLogProbs(*whole))
+        found = preference.figures(self.config, PairLogProbs(*whole))
+        return found | {"kl": self.kl} if self.config.loss_type == "kto" else found

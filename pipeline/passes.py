@@ -73,6 +73,11 @@ def prompt_length(pair: tuple[Encoded, Encoded]) -> int:
     return length
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a pass ended for want of memory, on a GPU or a CPU: smaller ones may do."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
 def _balanced(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     """As few groups as fit, of like size: the longest row first, each into the emptiest group."""
     count = max(1, math.ceil(sum(min(size, capacity) for size in sizes) / capacity))

@@ -1,11 +1,13 @@
-"""Preference losses as pure functions of log-probabilities, the figures of a step, and warnings from held-out pairs.
+"""Preference losses as pure functions of log-probabilities, the figures of a step and of held-out pairs, and warnings.
 
 Written from the papers; `tests/pipeline/test_preference.py` holds them to trl's values. The SFT term that
 `dpo_config.sft_weight` adds is not here: it is the supervised loss of the chosen answers (RPO, arXiv 2404.19733).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -13,10 +15,15 @@ from torch.nn.functional import logsigmoid, relu, sigmoid
 
 from pipeline import statistics
 from pipeline.config import DpoConfig
+from pipeline.encoded import Encoded
+from pipeline.statistics import Figure
 
 COLLAPSE = 0.2  # nats a token; on the embedded model runs at beta 0.1 moved by -0.16 to +0.04, one at 0.01 by -1.25
 LENGTH_P = 0.01  # one test a run, and a clean run should not warn
 LENGTH_GAP = 0.25  # of the error rates: less is no run-away, however many pairs show it
+
+# Log-probs of a pair's answers, nats: chosen, rejected; of a held-out pair under KTO also of the two its prompt borrows.
+PairSums = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -33,10 +40,18 @@ class PairLogProbs:
     chosen_tokens: Tensor
     rejected_tokens: Tensor
 
+    @classmethod
+    def of(
+        cls, pairs: Sequence[tuple[Encoded, Encoded]], policy: Sequence[PairSums], reference: Sequence[PairSums]
+    ) -> Self:
+        tokens = torch.tensor([[sum(side.mask) for side in pair] for pair in pairs]).T
+        return cls(*torch.tensor(policy).T[:2], *torch.tensor(reference).T[:2], *tokens)
 
-def losses(config: DpoConfig, log_probs: PairLogProbs) -> Tensor:
+
+def losses(config: DpoConfig, log_probs: PairLogProbs, kl: float = 0.0) -> Tensor:
     """Each pair's loss, `(pairs,)`, float32 (float64 from float64), without the SFT term.
 
+    `kl`: the reference point of KTO, nats, see `pipeline.kto`; no other loss has one.
     With r = log π − log π_ref of an answer and m = r(chosen) − r(rejected):
     """
     beta, smoothing = config.beta, config.label_smoothing
@@ -54,6 +69,8 @@ def losses(config: DpoConfig, log_probs: PairLogProbs) -> Tensor:
             return relu(1 - beta * margin)
         case "apo_zero":  # arXiv 2408.06266, eq. 7: chosen up and rejected down, each by itself; 1 − σ(x) = σ(−x)
             return sigmoid(-beta * chosen) + sigmoid(beta * rejected)
+        case "kto":  # arXiv 2402.01306, eq. 7, both weights 1, the mean of the pair's two answers; 1 − σ(x) = σ(−x)
+            return (sigmoid(beta * (kl - chosen)) + sigmoid(beta * (rejected - kl))) / 2
         case "sppo_hard":  # arXiv 2405.00675, eq. 4.7, η = 1 / beta, the chosen wins with probability 1
             return (chosen - 1 / (2 * beta)) ** 2 + (rejected + 1 / (2 * beta)) ** 2
         case "orpo":  # arXiv 2403.07691, eq. 7, λ = beta
@@ -69,8 +86,15 @@ def loss_at_start(config: DpoConfig) -> float | None:
         "robust": math.log(2),
         "hinge": 1.0,
         "apo_zero": 1.0,
+        "kto": 0.5,
         "sppo_hard": 2 * target**2,
     }.get(config.loss_type)
+
+
+def reference_point(policy: Sequence[PairSums], reference: Sequence[PairSums]) -> float:
+    """KTO's z0, nats, by mismatched answers' log-probs: the mean of log π − log π_ref, no less than 0; 0 of none."""
+    moved = [a - b for now, before in zip(policy, reference, strict=True) for a, b in zip(now, before, strict=True)]
+    return max(math.fsum(moved) / len(moved), 0.0) if moved else 0.0  # in this order a NaN stays one
 
 
 def figures(config: DpoConfig, log_probs: PairLogProbs) -> dict[str, float]:
@@ -93,6 +117,27 @@ def figures(config: DpoConfig, log_probs: PairLogProbs) -> dict[str, float]:
         }
         values: list[float] = torch.stack([value.to(chosen.dtype) for value in means.values()]).tolist()
     return dict(zip(means, values, strict=True))
+
+
+def held_out_figures(
+    config: DpoConfig, pairs: Sequence[tuple[Encoded, Encoded]], before: Sequence[PairSums], after: Sequence[PairSums]
+) -> dict[str, Figure]:
+    """The loss on held-out pairs, with the policy at the start as reference; and who is preferred.
+
+    KTO's reference point is that of all held-out pairs, by what their prompts make of one another's answers.
+    """
+    known = PairLogProbs.of(pairs, after, before)
+    kl = reference_point([sums[2:] for sums in after], [sums[2:] for sums in before])
+    return {
+        "eval_loss": statistics.mean(losses(config, known, kl).tolist()),
+        "eval_preference_accuracy": accuracy(known),
+    }
+
+
+def accuracy(known: PairLogProbs) -> Figure:
+    """The share of pairs whose margin rose."""
+    rose = known.chosen - known.rejected > known.reference_chosen - known.reference_rejected
+    return statistics.proportion(int(rose.sum()), len(rose))
 
 
 def warnings(held_out: PairLogProbs) -> list[str]:

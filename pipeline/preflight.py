@@ -19,13 +19,15 @@ from statistics import median
 from typing import Any
 
 from pipeline import footprint
+from pipeline.checkpoints import computed, newest_sealed
 from pipeline.config import Cost, DpoConfig, SftConfig
 from pipeline.errors import UserError
 from pipeline.fit import Lengths, Task, choose, gb
 from pipeline.footprint import Setup, Shape
 from pipeline.machine import Machine, Past, past, this_machine
+from pipeline.plan import measured_after, steps_in_all
 from pipeline.progress import duration
-from pipeline.stage import FEW_STEPS, Job, steps_in_all
+from pipeline.stage import FEW_STEPS, Job
 
 SHARE = 0.4  # of the matmul rate that a training is assumed to reach; a measured pace takes its place
 CHECKPOINTS = 3  # at once: the last two, and the one being written
@@ -97,7 +99,8 @@ class Prediction:
         about = "" if self.task.lengths.counted else "about "
         supervised = "" if self.supervised is None else f", {self.supervised:,} of them supervised"
         found = [
-            ("steps", schedule(self.task.config, len(self.task.lengths.train))),
+            *self._sampling(),
+            ("steps", schedule(self.task.config, len(self.task.lengths.met))),
             ("tokens", f"{about}{self.tokens:,}{supervised}"),
             ("passes", self._passes()),
             ("memory", f"{gb(self.memory_bytes)} of {gb(self.task.machine.memory)} on {self.task.machine.name}"),
@@ -111,6 +114,12 @@ class Prediction:
         if self.cost is not None:
             found.append(("cost", f"{self.cost:.2g} {self.prices.currency}"))
         return found
+
+    def _sampling(self) -> list[tuple[str, str]]:
+        sampled, lengths = self.task.config.domain_sampling, self.task.lengths
+        factors = ", ".join(f"{domain} × {times:g}" for domain, times in sampled.items())
+        rows = f"{factors}: an epoch meets {len(lengths.met)} rows, of {len(lengths.train)} to train"
+        return [("sampling", rows)] if sampled else []
 
     def _passes(self) -> str:
         setup = self.setup
@@ -163,7 +172,7 @@ class Prediction:
 
 
 def schedule(config: SftConfig | DpoConfig, rows: int) -> str:
-    """Optimiser steps, the effective batch and warm-up of so many rows."""
+    """Optimiser steps, the effective batch and warm-up of so many rows an epoch."""
     steps = steps_in_all(config, rows)
     few = f"; fewer than {FEW_STEPS} steps teach little: more rows or epochs, or a smaller batch"
     return (
@@ -176,8 +185,12 @@ def predict(
     job: Job, stage: str, lengths: Lengths, shape: Shape | None = None, machine: Machine | None = None
 ) -> Prediction:
     """Of a job's `sft` or `dpo`. Raises `UserError` when it cannot fit, or the base's configuration cannot be had."""
-    task, known = _task(job, stage, lengths, shape, machine or this_machine(job.config.device))
-    return _predicted(task, choose(task), job.config.cost, known)
+
+    def prediction() -> Prediction:
+        task, known = _task(job, stage, lengths, shape, machine or this_machine(job.config.device))
+        return _predicted(task, choose(task), job.config.cost, known)
+
+    return job.ranks.from_first(prediction)  # all must choose alike
 
 
 def check(job: Job, stage: str) -> None:
@@ -206,26 +219,38 @@ def _task(job: Job, stage: str, lengths: Lengths, shape: Shape | None, machine: 
         machine=machine,
         lengths=lengths,
         precision=profile.precision,
-        quantization=profile.quantization,
+        quantization=_begun_with(job) or profile.quantization,
         correction=median(ratios) if ratios else 1.0,
         where=job.profile.shown,
     )
     return task, known
 
 
+def _begun_with(job: Job) -> str | None:
+    """The quantisation that a run to resume has trained on so far: what memory is free now may not change the model."""
+    if not (job.resume and job.record):
+        return None
+    checkpoint = newest_sealed(job.workspace.checkpoints / job.record.id, aloud=False)
+    return str(computed(checkpoint)["quantization"]) if checkpoint else None
+
+
 def _predicted(task: Task, setup: Setup, prices: Cost, known: list[Past]) -> Prediction:
     config, lengths, shape = task.config, task.lengths, task.shape
-    epochs, an_epoch = config.epochs, sum(lengths.train)
-    steps = steps_in_all(config, len(lengths.train))
+    epochs, an_epoch, rows = config.epochs, sum(lengths.met), len(lengths.met)
+    steps = steps_in_all(config, rows)
     supervised = an_epoch if lengths.supervised is None else lengths.supervised
     share = supervised / (an_epoch or 1)
-    flops = epochs * footprint.training_flops(shape, task.lora, setup, lengths.train, supervised)
-    times = 1 + (math.ceil(epochs) if config.evaluate_each_epoch else 1)  # before, and after each epoch
-    times += steps // config.evaluate_steps if config.evaluate_steps else 0
+    flops = epochs * footprint.training_flops(shape, task.lora, setup, lengths.met, supervised)
+    times = 2 + len(measured_after(config, rows))  # before the first step and after the last too
     held_out = footprint.forward_flops(shape, lengths.held_out, round(share * sum(lengths.held_out)))
     reference = isinstance(config, DpoConfig) and config.loss_type != "orpo"
-    measuring = times * held_out + reference * footprint.forward_flops(shape, lengths.train, supervised)
-    rate, rate_basis = _rate(task, setup, known, flops / (epochs * (len(lengths.train) or 1)))
+    measuring = times * held_out + reference * footprint.forward_flops(
+        shape, lengths.train, round(share * sum(lengths.train))
+    )
+    if getattr(config, "loss_type", "") == "kto":  # a forward a step more, its reference, and held-out pairs
+        forward = epochs * footprint.forward_flops(shape, lengths.met, supervised)
+        flops, measuring = flops + forward, measuring + forward + times * held_out
+    rate, rate_basis = _rate(task, setup, known, flops / (epochs * (rows or 1)))
     watts = [p.watts for p in known if p.watts is not None]
     corrected = [p.id for p in known if p.memory is not None]
     by = f", × {task.correction:.2f} as measured in {_named(corrected)}" if corrected else ", not yet measured"

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from pipeline import yamlio
+from pipeline import conflicts, yamlio
 from pipeline.config import Profile as Config
 from pipeline.errors import UserError
 from pipeline.workspace import Workspace
@@ -71,7 +71,9 @@ def load_profile(workspace: Workspace, name: str, assignments: list[str] | None 
         config = Config.model_validate(values)
     except ValidationError as error:
         raise _explain(error.errors()[0], shown, document.lines, overrides) from None
-    return Profile(path.stem, path, shown, config, document.lines, overrides)
+    profile = Profile(path.stem, path, shown, config, document.lines, overrides)
+    conflicts.check_profile(profile)
+    return profile
 
 
 def settings(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

@@ -7,17 +7,17 @@ the record the held-out loss before and after, per row, with its interval. Each 
 trained and nothing else; the loss is the mean over a step's trained tokens. `--from EXP` goes on from that adapter.
 """
 
-import json
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Self
 
-from pipeline import heldout, preflight, statistics
+from pipeline import conflicts, heldout, imports, preflight, statistics
 from pipeline.chat import Chat, Encoded
 from pipeline.data.rows import Conversation
 from pipeline.data.split import shuffle_answers
 from pipeline.fit import Lengths
 from pipeline.model import Base, check_trained_on, find_base
+from pipeline.plan import difficulty_rank, orders
 from pipeline.preflight import Prediction
 from pipeline.progress import say
 from pipeline.records.lifecycle import Record
@@ -43,16 +43,17 @@ class Sft:
         source = take(job, ["sft", "dpo"], "adapter") if job.source not in (None, "base") else None
         base = find_base(job.workspace, job.profile, partial(preflight.check, job, cls.name))
         check_context(job, base, "sft_config")
-        chat = base.chat()
+        conflicts.check_adapter(job.profile, base, source.output if source else None)
+        chat = base.chat().remember()
         if source:
             check_trained_on(base, chat, job.workspace, source)
             _check_same_adapter(job, source)
         rows = read(job.workspace, job.config, Conversation, chat)
         rows.shared = say_what_the_other_holds_out(job.workspace, job.config, rows, Conversation)
-        lengths = Lengths.of(
-            *([chat.conversation(row.messages) for row in part] for part in (rows.train, rows.held_out))
-        )
-        needs = preflight.predict(job, cls.name, lengths)
+        conflicts.check_rows(job.profile, "sft_config", rows)
+        epoch = next(orders(job.config.sft_config, rows.domains, job.config.seed))
+        train, held_out = ([chat.conversation(row.messages) for row in part] for part in (rows.train, rows.held_out))
+        needs = preflight.predict(job, cls.name, Lengths.of(train, held_out, epoch))
         base = replace(base, quantization=needs.setup.quantization)
         return cls(job, base, chat, rows, needs, source, [source.input] if source else [])
 
@@ -68,20 +69,23 @@ class Sft:
         ]
 
     def run(self, record: Record) -> None:
-        from pipeline import training
+        if self.job.own_process:
+            imports.leave_out_unused(self.base)
+        from pipeline import adapter, training
         from pipeline.objective import SupervisedLoss, domain_weights
         from pipeline.passes import supervised
-        from pipeline.plan import difficulty_rank
 
         config, job = self.job.config.sft_config, self.job
         train_rows, held_out = self._encoded(record)
         rows, sequences = [row for row, _ in train_rows], [tokens for _, tokens in train_rows]
-        pad, batch = self.chat.tokenizer.pad_token_id, job.config.eval_config.batch_size
+        unseen = [tokens for _, tokens in held_out]
 
-        model = training.policy(self.base, config, self.source.output if self.source else None, job.config.seed)
-        how = training.execution(config, model, sequences, pad, self.needs.setup)
+        model = adapter.start(self.base, config, self.source.output if self.source else None, job.config.seed)
+        how = training.execution(config, model, sequences, self.chat.tokenizer.pad_token_id, self.needs.setup)
+        measuring = replace(how)  # whatever passes training comes down to, before and after are laid alike
         tokens = [supervised(sequence) for sequence in sequences]
-        weights = domain_weights(config.domain_weights, [row.domain for row in rows])
+        domains = [row.domain for row in rows]
+        weights = domain_weights(config.domain_weights, domains)
         trainer = training.make_trainer(
             job,
             record,
@@ -89,6 +93,7 @@ class Sft:
             model,
             config,
             sequences,
+            domains,
             step_loss=lambda step: SupervisedLoss(step, tokens, weights),
             how=how,
             rank=difficulty_rank([row.difficulty for row in rows]) if config.curriculum else None,
@@ -96,12 +101,12 @@ class Sft:
         )
 
         def losses(model: Any, what: str, pause: heldout.Pause = heldout.no_pause) -> list[float]:
-            with how.autocast(trainer.args.device):
-                return heldout.losses(model, [e for _, e in held_out], pad, batch, what, pause)
+            return job.ranks.from_first(lambda: heldout.losses(model, unseen, measuring, what, pause))
 
         before = losses(trainer.model, "held-out rows before") if held_out else []
         measure = heldout.Measure(losses, lambda values: {"eval_loss": statistics.mean(values)}) if held_out else None
-        after = training.train(trainer, job, record, self.chat, config, [row.id for row in rows], measure, self.needs)
+        ids = [row.id for row in rows]
+        after = training.train(trainer, job, record, self.chat, config, ids, domains, measure, self.needs)
 
         if held_out:
             change = statistics.paired(before, after)
@@ -110,7 +115,7 @@ class Sft:
             say(f"held-out loss {change.before.text()} → {change.after.text()} nats a token: {verdict}")
             heldout.write(record.folder, [row.id for row, _ in held_out], before, after)
         suffix = "sft-control" if config.shuffle_answers else "sft"
-        training.keep_adapter(trainer.model, self.chat, record, f"{job.config.name}-{suffix}")
+        adapter.keep(trainer.model, self.chat, record, f"{job.config.name}-{suffix}")
 
     def _encoded(self, record: Record) -> tuple[list[tuple[Conversation, Encoded]], list[tuple[Conversation, Encoded]]]:
         config, seed = self.job.config.sft_config, self.job.config.seed
@@ -128,8 +133,7 @@ class Sft:
 def _check_same_adapter(job: Job, source: Source) -> None:
     """An adapter that goes on keeps its shape: the profile may say no other, or the record would not be true."""
     config = job.config.sft_config
-    stored = json.loads((source.output / "adapter_config.json").read_text("utf-8"))
-    kind = "dora" if stored.get("use_dora") else "rslora" if stored.get("use_rslora") else "lora"
+    stored, kind = conflicts.stored(source.output), conflicts.kind_of(source.output)
     said = {"lora_rank": (config.lora_rank, stored["r"]), "lora_alpha": (config.lora_alpha, stored["lora_alpha"])}
     for key, (now, then) in (said | {"adapter": (config.adapter, kind)}).items():
         if now != then:

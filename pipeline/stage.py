@@ -4,17 +4,17 @@ A stage first prepares: it checks all that can be checked without a record, and 
 record is opened and it runs.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
-from pipeline.config import DpoConfig, SftConfig
+from pipeline import checkpoints
 from pipeline.errors import UserError
 from pipeline.profile import Profile, as_assignments, load_profile
 from pipeline.progress import say
 from pipeline.quiet import quiet
+from pipeline.ranks import Ranks
 from pipeline.records import criteria, find
 from pipeline.records.file import RecordFile
 from pipeline.records.lifecycle import Record, open_record
@@ -39,6 +39,8 @@ class Job:
     parts: tuple[str, ...] = ()  # of an evaluation; none named: all
     parent: str | None = None  # the pipeline experiment this is part of
     record: RecordFile | None = None  # the planned record to fill in, or with `resume` the one to go on with
+    own_process: bool = False  # which ends with this stage
+    ranks: Ranks = field(default_factory=Ranks)  # the processes that train together
 
     @property
     def config(self) -> Any:
@@ -61,18 +63,24 @@ class Stage(Protocol):
 
 
 def run_stage(stage: type[Stage], job: Job) -> Record:
-    """Prepares the stage, opens its record, runs it and closes the record."""
+    """Prepares the stage, opens its record, runs it and closes the record. Of several ranks the first one's is kept."""
     quiet()
+    with job.ranks.together(), job.ranks.writable(job.workspace) as workspace:
+        return _run(stage, job, workspace)
+
+
+def _run(stage: type[Stage], job: Job, workspace: Workspace) -> Record:
     file = job.record
     if job.resume:
         file = file or find.resumable(job.workspace, job.profile.id, stage.name)[0]
         facts = file.facts()
-        job = _as_begun(job, file, facts) if facts else job
+        job = replace(_as_begun(job, file, facts) if facts else job, record=file)
     for criterion in job.criteria:
         criteria.parse(criterion, "--criterion")
     prepared = stage.prepare(job)
+    job.ranks.gather(None)  # no record is opened before all have looked which there are
     with open_record(
-        job.workspace,
+        workspace,
         stage=stage.name,
         profile=job.profile.id,
         person=persons_half(job, [stage.name]),
@@ -81,9 +89,10 @@ def run_stage(stage: type[Stage], job: Job) -> Record:
         cost=job.config.cost,
         inputs=prepared.inputs,
         parent=job.parent,
-        file=file,
+        file=file if job.ranks.first else None,
     ) as record:
         prepared.run(record)
+    checkpoints.forget(record.output)  # complete: there is nothing left to resume
     return record
 
 
@@ -119,12 +128,6 @@ def take(job: Job, stages: list[str], folder: str) -> Source:
     output, taken = find.checked_output(job.workspace, file, facts, folder)
     say(f"takes {facts.stage} {file.id} ({'named' if job.source else 'the newest complete'})")
     return Source(file, facts, output, taken)
-
-
-def steps_in_all(config: SftConfig | DpoConfig, rows: int) -> int:
-    """Optimiser steps that `rows` give, as transformers' Trainer counts them."""
-    per_epoch = math.ceil(math.ceil(rows / config.batch_size) / config.gradient_accumulation)
-    return math.ceil(per_epoch * config.epochs)
 
 
 def _as_begun(job: Job, file: RecordFile, facts: Facts) -> Job:
@@ -176,7 +179,8 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def dry_run(stage: type[Stage], job: Job) -> None:
     """Prepares, and says what would be done. Opens no record."""
     quiet()
-    rows = stage.prepare(job).plan()
+    with job.ranks.together():
+        rows = stage.prepare(job).plan()
     width = max(len(label) for label, _ in rows)
     for label, value in rows:
         say(f"{label:<{width}}  {value}")

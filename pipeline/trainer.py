@@ -3,7 +3,8 @@
 A step's rows are laid into forward passes (`pipeline.passes`), their gradients added up, looked at by the guards
 (`pipeline.guards`), and only then does the optimiser step. How many passes there are never changes what is learnt: the
 loss is the mean over the step's supervised tokens or pairs. When memory runs out nothing has been updated yet: the same
-step is taken again in smaller passes.
+step is taken again in smaller passes. Of several ranks (`pipeline.ranks`) each takes its share of the rows; all look at
+the same sums.
 """
 
 import math
@@ -12,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -23,8 +24,9 @@ from transformers import Trainer
 from pipeline.errors import StageFailed
 from pipeline.guards import Trip
 from pipeline.head import bare, token_log_probs
-from pipeline.passes import Pass, Row, lay, supervised
+from pipeline.passes import Pass, Row, lay, out_of_memory, size, supervised
 from pipeline.progress import say
+from pipeline.ranks import Ranks
 
 LAYER = re.compile(r"\b(layers\.\d+)\.")
 
@@ -36,7 +38,7 @@ class StepLoss(Protocol):
         """This pass's share of the step's mean; `log_probs` (trained,) are the pass's trained tokens', in nats."""
 
     def figures(self) -> dict[str, float]:
-        """For the log, after all passes."""
+        """For the log, after all passes: means over the rows that they held, of which there is at least one."""
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Execution:
     checkpointing: bool = False  # of gradients: activations are computed again
     compute: torch.dtype | None = None  # autocast's; None: as the weights are
     pad_id: int = 0
-    out_of_memory: list[dict[str, int]] = field(default_factory=list)
+    out_of_memory: list[dict[str, Any]] = field(default_factory=list)
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, self.compute) if self.compute else nullcontext()
@@ -70,6 +72,18 @@ class Step:
     trip: Trip | None = None
 
 
+@dataclass(frozen=True)
+class Share:
+    """How the passes of one rank's share of a step went."""
+
+    rows: int
+    tokens: int
+    passes: int
+    largest: int  # rows of its largest pass
+    out_of_memory: bool
+    figures: dict[str, float]
+
+
 class StepTrainer(Trainer):
     """`steps`: row numbers a step, of `rows`. `look` sees each step before the optimiser does; None from it: go on."""
 
@@ -82,11 +96,13 @@ class StepTrainer(Trainer):
         execution: Execution,
         neftune_alpha: float | None = None,
         plateau: bool = False,
+        ranks: Ranks | None = None,
         **given: Any,
     ) -> None:
         super().__init__(train_dataset=steps, **given)
         self.rows, self.steps, self.step_loss, self.execution = rows, steps, step_loss, execution
-        self.plateau = plateau
+        self.plateau, self.ranks = plateau, ranks or Ranks()
+        self.ranks.copy_first(self.model.parameters())
         self.look: Callable[[Step], Trip | None] = lambda step: None
         self.step = Step([])
         self._pass: Pass | None = None
@@ -113,7 +129,6 @@ class StepTrainer(Trainer):
         self.step = Step(inputs, supervised=sum(map(supervised, rows)), started=time.perf_counter())
         noise = torch.get_rng_state(), torch.cuda.get_rng_state_all() if self.args.device.type == "cuda" else []
         while (loss := self._gradients(model, rows)) is None:
-            self._smaller(model, rows)
             torch.set_rng_state(noise[0])  # the same dropout as the first time
             if noise[1]:
                 torch.cuda.set_rng_state_all(noise[1])
@@ -125,38 +140,50 @@ class StepTrainer(Trainer):
         return loss
 
     def _gradients(self, model: Any, rows: Sequence[Row]) -> torch.Tensor | None:
-        """Adds up the gradients of all passes and returns the step's loss; None when memory ran out."""
-        how = self.execution
-        batches = lay(rows, how.pass_tokens, how.packed, how.pad_id)
+        """Adds up the gradients of all passes, of all ranks, and returns the step's loss; None when memory ran out."""
+        how, device = self.execution, self.args.device
+        mine = self.ranks.share(rows, size)
+        batches = lay([rows[place] for place in mine], how.pass_tokens, how.packed, how.pad_id)
         losses = self.step_loss(self.step.rows)
-        total = torch.zeros((), device=self.args.device)
+        total = torch.zeros((), device=device)
+        full = False
         try:
-            for batch in batches:
-                self._pass = batch
-                batch = batch.to(self.args.device)
-                with how.autocast(self.args.device):
-                    log_probs = token_log_probs(model, batch)
-                loss = losses.part(log_probs, batch)
-                self.accelerator.backward(loss)
-                total += loss.detach()
-        except (torch.OutOfMemoryError, MemoryError):
-            return None
-        except RuntimeError as error:
-            if "can't allocate memory" not in str(error):  # a CPU's
+            with self.ranks.own_noise(device):
+                for batch in batches:
+                    self._pass = batch = replace(batch, rows=tuple(mine[row] for row in batch.rows))
+                    batch = batch.to(device)
+                    with how.autocast(device):
+                        log_probs = token_log_probs(model, batch)
+                    loss = losses.part(log_probs, batch)
+                    self.accelerator.backward(loss)
+                    total += loss.detach()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
                 raise
+            full = True
+        share = Share(
+            rows=len(mine),
+            tokens=sum(batch.tokens for batch in batches),
+            passes=len(batches),
+            largest=max((len(batch.rows) for batch in batches), default=0),
+            out_of_memory=full,
+            figures=losses.figures() if mine and not full else {},
+        )
+        shares = self.ranks.gather(share)  # before any gradient is sent: a rank that failed has none
+        if any(share.out_of_memory for share in shares):
+            self._smaller(model, alone=any(share.out_of_memory and share.largest == 1 for share in shares))
             return None
-        self.step.figures = losses.figures()
-        self.step.tokens, self.step.passes = sum(batch.tokens for batch in batches), len(batches)
-        return total
+        self.step.tokens, self.step.passes = sum(s.tokens for s in shares), sum(s.passes for s in shares)
+        self.step.figures = mean_figures(shares)
+        return self.ranks.add_up(total, model.parameters())
 
-    def _smaller(self, model: Any, rows: Sequence[Row]) -> None:
-        """Half the tokens a pass. Raises `StageFailed` when each row already has a pass of its own."""
+    def _smaller(self, model: Any, alone: bool) -> None:
+        """Half the tokens a pass. Raises `StageFailed` where memory ran out with each row `alone` in its pass."""
         how, step = self.execution, self.state.global_step + 1
         model.zero_grad()
         if self.args.device.type == "cuda":
             torch.cuda.empty_cache()
-        largest = max(len(batch.rows) for batch in lay(rows, how.pass_tokens, how.packed, how.pad_id))
-        if largest == 1:
+        if alone:
             raise StageFailed(
                 "out of memory with one row in a pass",
                 step=step,
@@ -220,6 +247,14 @@ class WarmupThenPlateau(LambdaLR):
     def measured(self, loss: float) -> None:
         self.factor *= 1.0 if loss < self.lowest else 0.1
         self.lowest = min(loss, self.lowest)
+
+
+def mean_figures(shares: Sequence[Share]) -> dict[str, float]:
+    """Over all rows of the step."""
+    taken = [share for share in shares if share.rows]
+    rows = sum(share.rows for share in taken)
+    names = taken[0].figures if taken else {}
+    return {name: sum(share.rows / rows * share.figures[name] for share in taken) for name in names}
 
 
 def layer_of(parameter: str) -> str:

@@ -7,42 +7,41 @@ for its record: `log.jsonl`, a line a step and a validation, and its curves (`pi
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import set_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
-from pipeline import attention, curves
+from pipeline import adapter, checkpoints, curves, packing
+from pipeline.adapter import LAST
 from pipeline.chat import Chat
+from pipeline.checkpoints import BEST, newest_sealed, step_of
 from pipeline.config import DpoConfig, SftConfig
-from pipeline.errors import AletheiaError, Interrupted, StageFailed
+from pipeline.config import Telemetry as ShownNowhere
+from pipeline.errors import AletheiaError, Interrupted, StageFailed, UserError
 from pipeline.footprint import Setup
-from pipeline.head import bare, sequence_sums, token_log_probs
+from pipeline.head import bare
 from pipeline.heldout import Measure
-from pipeline.lora import layers
 from pipeline.model import Base
-from pipeline.passes import Row, lay, size, supervised
-from pipeline.plan import plan
+from pipeline.passes import Row, out_of_memory, supervised
+from pipeline.plan import orders, plan, rows_an_epoch
 from pipeline.preflight import Prediction, check_disk
 from pipeline.progress import say
 from pipeline.records import items
-from pipeline.records.find import artifacts, link_newest
 from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Visualization
 from pipeline.stage import Job
 from pipeline.step import NOTHING, StepFigures
 from pipeline.telemetry import Telemetry
 from pipeline.trainer import Execution, StepLoss, StepTrainer
-from pipeline.watch import EXECUTION, LOG, Watch, newest_sealed
-
-BEST, LAST = "adapter-best", "adapter-last"  # beside `adapter`, where they differ from it
-ROWS_CHECKED = 3  # packed against padded: enough to show a leak between rows
+from pipeline.watch import LOG, Watch
 
 
 def make_trainer(
@@ -52,14 +51,14 @@ def make_trainer(
     model: Any,
     config: SftConfig | DpoConfig,
     rows: Sequence[Row],
+    domains: Sequence[str],
     step_loss: Callable[[list[int]], StepLoss],
     how: Execution,
     rank: Sequence[int] | None = None,
     neftune_alpha: float | None = None,
 ) -> StepTrainer:
     """Arguments that differ from the library's defaults say why."""
-    rows_a_step = config.batch_size * config.gradient_accumulation
-    steps = plan(len(rows), rows_a_step, config.epochs, job.config.seed, rank)
+    steps = plan(config, domains, job.config.seed, rank)
     trainer = StepTrainer(
         model=model,
         rows=rows,
@@ -68,6 +67,7 @@ def make_trainer(
         execution=how,
         neftune_alpha=neftune_alpha,
         plateau=config.schedule == "reduce_on_plateau",
+        ranks=job.ranks,
         args=TrainingArguments(
             output_dir=str(record.output),
             per_device_train_batch_size=1,  # a batch is a whole step; `steps` holds all epochs
@@ -104,43 +104,53 @@ def train(
     chat: Chat,
     config: SftConfig | DpoConfig,
     ids: Sequence[str],
+    domains: Sequence[str],
     held_out: Measure | None,
     needs: Prediction,
 ) -> list[Any]:
     """Runs the trainer to its end and returns the held-out rows' values of the kept adapter; `results.training` says how it went.
 
-    `ids` are the rows'. Raises `Interrupted` when someone asked to stop (the state is saved) and `StageFailed` when a
-    guard trips.
+    `ids` and `domains` are the rows'. Raises `Interrupted` when someone asked to stop (the state is saved) and
+    `StageFailed` when a guard trips.
     """
-    checkpoint = newest_sealed(record.output) if job.resume else None
-    check_disk(needs.disk_needed(), record.output)
-    if job.resume:
-        whole = f"goes on from {checkpoint.name}" if checkpoint else None
-        say(whole or "no whole checkpoint was left: starts from the beginning")
-        _forget_after(record.folder / LOG, int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
-    if checkpoint:
-        vars(trainer.execution).update(json.loads((checkpoint / EXECUTION).read_text()))
+    ranks = job.ranks
+    if ranks.first:
+        check_disk(needs.disk_needed(), record.output)
+    checkpoint = _take_up(trainer, job, record) if job.resume else None
     earlier = [line for line in items.read(record.folder / LOG) if "loss" in line]
     figures = StepFigures(trainer, [{} if checkpoint else NOTHING, *earlier][-1])
 
-    def keep_best() -> None:
-        save_adapter(trainer.model, chat, record.output / BEST)
+    def keep_best(step: int) -> None:
+        if ranks.first:
+            adapter.save(trainer.model, chat, checkpoints.best_at(record.output, step))
 
-    telemetry = Telemetry(job.config.telemetry, record)
-    watch = Watch(record, config, trainer, figures, ids, held_out, keep_best, telemetry)
+    def seal(checkpoint: Path) -> None:
+        how, quantization = trainer.execution, needs.setup.quantization
+        checkpoints.seal(checkpoint, how, quantization, ranks.size, record.facts.configuration)
+
+    telemetry = Telemetry(job.config.telemetry if ranks.first else ShownNowhere(tensorboard=False), record)
+    an_epoch = rows_an_epoch(config, domains)
+    watch = Watch(record, config, trainer, figures, ids, an_epoch, held_out, keep_best, seal, telemetry)
+    checkpoints.forget_worse(record.output, watch.validations())
+    if checkpoint and watch.enough():  # it had stopped early, and only its end was not written
+        trainer.train_dataset = trainer.steps[: step_of(checkpoint)]
     trainer.add_callback(figures)
     trainer.add_callback(watch)
     with telemetry:
         try:
             plain = trainer.execution.compute is None
             lean = disable_input_dtype_casting(trainer.model, active=not plain)  # autocast does it
-            with record.stop.deferred("stopping after this step and saving"), watch, lean:
+            with record.stop.deferred("stopping after this step and saving"), watch, lean, _out_of_memory_told():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            ranks.part()
             _stop_if_asked(record, trainer.state)
             after = watch.validate(trainer.model, trainer.state)
         finally:
             log = items.read(record.folder / LOG)
             record.facts.results["training"] = _told(trainer, log) | {"predicted": needs.facts()}
+            if config.domain_sampling:
+                met = Counter(domains[row] for step in trainer.steps[: trainer.state.global_step] for row in step)
+                record.facts.results["training"]["rows_met"] = dict(sorted(met.items()))
             _draw(record, log)
     steps = [line for line in log if "loss" in line]
     if not any(line.get("learning_rate") for line in steps):
@@ -152,13 +162,56 @@ def train(
     record.facts.results["training"] |= {
         "train_loss": {"first": round(steps[0]["loss"], 4), "last": round(steps[-1]["loss"], 4)},
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "trained_tokens_an_epoch": sum(supervised(row) for row in trainer.rows),
+        "trained_tokens_an_epoch": sum(
+            supervised(trainer.rows[row]) for row in next(orders(config, domains, job.config.seed))
+        ),
     }
     if "seconds" in figures.totals:
         record.facts.results["training"]["seconds"] = seconds = round(figures.totals["seconds"], 2)
         actual = needs.against(memory_gb=steps[-1]["memory_gb"], seconds=seconds)
         record.facts.results["training"]["predicted_and_actual"] = actual
     return _best_or_last(trainer, record, chat, config, watch, after)
+
+
+def _take_up(trainer: StepTrainer, job: Job, record: Record) -> Path | None:
+    """The checkpoint that a resume goes on from, computed as before; None: there is no whole one.
+
+    Raises `UserError` for another number of ranks, which would draw other noise, and `StageFailed` for rows that were packed
+    and cannot be now.
+    """
+    ranks, log = job.ranks, record.folder / LOG
+    checkpoint = ranks.from_first(lambda: newest_sealed(record.output))
+    done = step_of(checkpoint) if checkpoint else 0
+    _forget_after(log, done)
+    known = ranks.from_first(log.read_bytes)
+    if not ranks.first:
+        log.write_bytes(known)
+    if checkpoint is None:
+        say("no whole checkpoint was left: starts from the beginning")
+        return None
+    say(f"goes on from {checkpoint.name}")
+    if missing := done - sum("loss" in line for line in items.read(log)):
+        say(f"note: {missing} of these {done} steps are not in {log.name}: curves and guards know the others alone")
+    how = checkpoints.computed(checkpoint)
+    if how["packed"] and not trainer.execution.packed:
+        raise StageFailed("the run began packed, and packed rows do not come out right now; the libraries may differ")
+    if (began := how["ranks"]) != ranks.size:
+        remedy = f"torchrun --nproc-per-node {began}" if began > 1 else "the command without torchrun"
+        raise UserError(f"the run to resume began on {began} ranks, this is {ranks.size}", remedy=remedy)
+    trainer.execution.pass_tokens, trainer.execution.packed = how["pass_tokens"], how["packed"]
+    return checkpoint
+
+
+@contextmanager
+def _out_of_memory_told() -> Iterator[None]:
+    """Where no smaller passes help: in the optimiser's own state, in a copy of the adapter."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        remedy = "quantization: nf4, a smaller lora_rank or max_length"
+        raise StageFailed("out of memory outside of the passes over rows", remedy=remedy) from error
 
 
 def _stop_if_asked(record: Record, state: Any) -> None:
@@ -171,7 +224,7 @@ def _stop_if_asked(record: Record, state: Any) -> None:
 def execution(
     config: SftConfig | DpoConfig, model: Any, rows: Sequence[Row], pad_id: int | None, setup: Setup
 ) -> Execution:
-    """How the passes are computed: packed where that gives what transformers' own padded forward gives, as is checked."""
+    """How the passes are computed: packed where that gives what the model alone gives, as is checked."""
     compute = bare(model).dtype
     how = Execution(
         setup.pass_tokens,
@@ -180,37 +233,13 @@ def execution(
         compute=compute if compute in (torch.bfloat16, torch.float16) else None,
         pad_id=pad_id or 0,  # masked, so any id does; some tokenizers have none
     )
-    if how.packed:
-        attention.install(bare(model))
-        if problem := _packing_problem(model, rows, how):
-            say(f"note: this model cannot be packed ({problem}); trains padded, which is slower")
-            how.packed = False
+    if packing.one_row_a_pass(model, rows):
+        say("note: this model's positions depend on the longest row of a pass: a row a pass, which is slower")
+        how.pass_tokens = 1
+    if how.packed and (problem := packing.problem(model, rows, how)):
+        say(f"note: this model cannot be packed ({problem}); trains padded, which is slower")
+        how.packed = False
     return how
-
-
-def _packing_problem(model: Any, rows: Sequence[Row], how: Execution) -> str | None:
-    """Measures a few rows packed and padded, in eval mode. None when they come out alike."""
-    few = sorted(rows, key=size)[:ROWS_CHECKED]
-    device, was_training = bare(model).device, model.training
-    found = []
-    model.eval()
-    try:
-        for packed in (True, False):
-            (batch,) = lay(few, sum(map(size, few)) * 2 * len(few), packed, how.pad_id)
-            with torch.no_grad(), how.autocast(device):
-                sums = sequence_sums(token_log_probs(model, batch.to(device)), batch.to(device)).tolist()
-            rows_of = [row for row in batch.rows for _ in range(len(sums) // len(few))]
-            found.append([sums[i] for i in sorted(range(len(sums)), key=rows_of.__getitem__)])
-    except torch.OutOfMemoryError:  # a RuntimeError too, and no word on packing
-        raise
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:  # it takes no attention of ours
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    finally:
-        model.train(was_training)
-    tokens = sum(map(supervised, few))
-    off = sum(abs(a - b) for a, b in zip(*found, strict=True)) / tokens
-    allowed = 0.05 if how.compute else 1e-3
-    return None if off <= allowed else f"its rows change by {off:.2g} nats a token when packed"
 
 
 def _told(trainer: StepTrainer, log: list[dict[str, Any]]) -> dict[str, Any]:
@@ -222,6 +251,8 @@ def _told(trainer: StepTrainer, log: list[dict[str, Any]]) -> dict[str, Any]:
     if finite:
         told |= {"best": min(finite, key=lambda v: v["eval_loss"]), "latest": validations[-1]}
     told |= {"packed": how.packed, "pass_tokens": how.pass_tokens}
+    if trainer.ranks.size > 1:
+        told["ranks"] = trainer.ranks.size
     if how.out_of_memory:
         told["out_of_memory"] = how.out_of_memory
     if trips := [{k: line[k] for k in ("step", "trip", "message", "rows")} for line in log if "trip" in line]:
@@ -234,17 +265,18 @@ def _best_or_last(
 ) -> list[Any]:
     """The model is left with the adapter that is kept; the other stays beside it. Returns the held-out values of the kept."""
     best = min(watch.validations(), key=lambda line: line["eval_loss"], default=None)
-    folder = record.output / BEST
+    for name in (BEST, LAST):  # of a run that was killed at its end
+        shutil.rmtree(record.output / name, ignore_errors=True)
     if best is None or best["step"] == trainer.state.global_step:
-        shutil.rmtree(folder, ignore_errors=True)
         return after
     where = f"epoch {best['epoch']:g} (held-out loss {best['eval_loss']:.3f})"
+    folder = checkpoints.best_at(record.output, best["step"])
     if config.keep == "last" or watch.held_out is None:
+        shutil.copytree(folder, record.output / BEST)
         say(f"note: the held-out loss was lowest at {where}: {BEST} is that adapter; keep: best would take it")
         return after
-    save_adapter(trainer.model, chat, record.output / LAST)
+    adapter.save(trainer.model, chat, record.output / LAST)
     set_peft_model_state_dict(trainer.model, load_file(folder / "adapter_model.safetensors"))
-    shutil.rmtree(folder)
     record.facts.results["training"]["kept"] = {"step": best["step"], "epoch": best["epoch"]}
     say(f"keeps the adapter of {where}; the last one is {LAST}")
     return watch.held_out.values(trainer.model, "held-out rows, best adapter")
@@ -271,57 +303,6 @@ def _forget_after(log: Path, step: int) -> None:
         with suppress(ValueError, TypeError, KeyError):
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-    log.write_text("".join(kept), "utf-8")
-
-
-def save_adapter(model: Any, chat: Chat, folder: Path) -> None:
-    """Adapter, tokenizer and contract: whole or not at all."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    config = model.peft_config["default"]
-    if isinstance(config.target_modules, set):  # a set's order differs between processes, and with it the file's hash
-        config.target_modules = sorted(config.target_modules)
-    model.save_pretrained(partial, selected_adapters=["default"], safe_serialization=True)
-    chat.tokenizer.save_pretrained(partial)
-    chat.contract.save(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-
-
-def keep_adapter(model: Any, chat: Chat, record: Record, link: str) -> Path:
-    """Writes the trained adapter, hashes it into the record and points the link at it."""
-    folder = record.output / "adapter"
-    save_adapter(model, chat, folder)
-    others = [record.output / name for name in (BEST, LAST)]
-    record.facts.artifacts = [a for f in (folder, *others) if f.is_dir() for a in artifacts(record.workspace, f)]
-    for checkpoint in record.output.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)  # the run is done: there is nothing left to resume
-    return link_newest(record.workspace, link, folder)
-
-
-def policy(base: Base, config: SftConfig, adapter: Path | None, seed: int) -> Any:
-    """The base, quantised where the profile says so, with an adapter to train: an earlier one goes on, else a new one."""
-    model = base.load(quantized=True)
-    if adapter:
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    else:
-        torch.manual_seed(seed)
-        model = get_peft_model(model, lora(config))
-        list(layers(model, "sft_config.target_modules"))  # what could not be merged is refused now
-    for parameter in model.parameters():
-        if parameter.requires_grad:  # in bf16 small updates would be lost
-            parameter.data = parameter.data.float()
-    return model
-
-
-def lora(config: SftConfig) -> LoraConfig:
-    """peft's configuration of the adapter."""
-    return LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.target_modules,
-        use_rslora=config.adapter == "rslora",
-        use_dora=config.adapter == "dora",
-        task_type="CAUSAL_LM",
-    )
+    whole = log.with_name(f".{log.name}")
+    whole.write_text("".join(kept), "utf-8")
+    whole.replace(log)

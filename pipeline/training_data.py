@@ -53,6 +53,11 @@ class TrainingRows(Generic[AnyRow]):
     shared: int = 0  # training rows that stand in what the other stage holds out
 
     @property
+    def domains(self) -> list[str]:
+        """Of the rows to train."""
+        return [row.domain for row in self.train]
+
+    @property
     def every(self) -> list[AnyRow]:
         return [*self.train, *self.held_out]
 

@@ -7,25 +7,23 @@ eval_loss_ci_high, …, eval_n}.
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import set_peft_model_state_dict
-from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from pipeline import yamlio
-from pipeline.config import TrainingConfig
+from pipeline import checkpoints
+from pipeline.config import DpoConfig, SftConfig
 from pipeline.errors import Interrupted, StageFailed
 from pipeline.guards import Guards, Trip
 from pipeline.heldout import Measure, Pause, no_pause
+from pipeline.plan import measured_after, steps_an_epoch
 from pipeline.progress import Progress, say
 from pipeline.records import items
-from pipeline.records.find import sha256
 from pipeline.records.lifecycle import Record
 from pipeline.stage import FEW_STEPS
 from pipeline.step import StepFigures, short
@@ -33,8 +31,7 @@ from pipeline.telemetry import Telemetry
 from pipeline.trainer import Step, StepTrainer
 
 LOG = "log.jsonl"
-SEAL = "sealed.json"
-EXECUTION = "execution.json"  # in a checkpoint: how its steps were computed
+ROLLBACK = "rollback.pt"  # in a checkpoint: where the policy of that name goes back to
 
 
 class Watch(TrainerCallback):
@@ -43,21 +40,29 @@ class Watch(TrainerCallback):
     def __init__(
         self,
         record: Record,
-        config: TrainingConfig,
+        config: SftConfig | DpoConfig,
         trainer: StepTrainer,
         figures: StepFigures,
         ids: Sequence[str],
+        rows: int,
         held_out: Measure | None,
-        keep_best: Callable[[], None],
+        keep_best: Callable[[int], None],
+        seal: Callable[[Path], None],
         telemetry: Telemetry,
     ) -> None:
+        """`ids` are those of all rows; an epoch meets so many `rows`."""
         self.record, self.config, self.trainer, self.figures = record, config, trainer, figures
-        self.ids, self.held_out, self.keep_best, self.telemetry = ids, held_out, keep_best, telemetry
+        self.ids, self.held_out, self.keep_best, self.seal, self.telemetry = ids, held_out, keep_best, seal, telemetry
         self.log = record.folder / LOG
-        self.steps_an_epoch = math.ceil(len(ids) / (config.batch_size * config.gradient_accumulation))
-        self.guards = Guards(config.guards, [line for line in items.read(self.log) if "loss" in line])
+        self.steps_an_epoch, self.measured_after = steps_an_epoch(config, rows), set(measured_after(config, rows))
+        self.guards = Guards(
+            config.guards,
+            [line for line in items.read(self.log) if "loss" in line],
+            curriculum=getattr(config, "curriculum", False),
+            rows_differ=self.steps_an_epoch > 1,
+        )
         self.progress: Progress | None = None
-        self._start: dict[str, torch.Tensor] = {}
+        self._point: dict[str, Any] = {}
         trainer.look = self.look
 
     def __enter__(self) -> "Watch":
@@ -99,7 +104,11 @@ class Watch(TrainerCallback):
                 f"note: {state.max_steps} steps teach little (under {FEW_STEPS}): more rows or epochs, or a smaller batch"
             )
         if self.config.guards.policy == "rollback":
-            self._start = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+            kept = Path(args.output_dir) / f"checkpoint-{state.global_step}" / ROLLBACK
+            if kept.exists():
+                self._point = torch.load(kept, map_location="cpu", weights_only=True)
+            else:
+                self._remember()
         self.progress = Progress(f"training {self.record.facts.stage}", state.max_steps, "step", done=state.global_step)
         self._validate_if_due(model, state, control)  # where the run stopped before it came to that
         self.progress.__enter__()
@@ -124,21 +133,19 @@ class Watch(TrainerCallback):
                 rows = [self.ids[row] for row in step.rows]
                 raise StageFailed(dead.message, step=number, rows=rows, remedy=dead.remedy)
         self._validate_if_due(model, state, control)
-        if self.record.stop.requested:
+        if self._asked_to_stop():
             control.should_save = True
             control.should_training_stop = True
+        control.should_save = control.should_save and self.trainer.ranks.first
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The seal is written last: a checkpoint without one, or whose files differ, is torn."""
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        how = self.trainer.execution
-        (checkpoint / EXECUTION).write_text(json.dumps({"pass_tokens": how.pass_tokens, "packed": how.packed}))
-        (checkpoint / "configuration.yaml").write_text(yamlio.dump(self.record.facts.configuration), "utf-8")
-        files = [p for p in sorted(checkpoint.rglob("*")) if p.is_file() and p.name != SEAL]
-        seal = {str(p.relative_to(checkpoint)): sha256(p) for p in files}
-        unsealed = checkpoint / f".{SEAL}"
-        unsealed.write_text(json.dumps(seal, indent=1))
-        os.replace(unsealed, checkpoint / SEAL)
+        if self._point:
+            if state.global_step % self.config.save_steps == 0:
+                self._remember()
+            torch.save(self._point, checkpoint / ROLLBACK)
+        self.seal(checkpoint)
+        checkpoints.forget_worse(Path(args.output_dir), self.validations())
 
     def _keep_batch(self, number: int, trip: Trip, step: Step) -> str:
         """The rows of a step that a guard stopped, as they were trained: ids, tokens, what was supervised."""
@@ -152,20 +159,27 @@ class Watch(TrainerCallback):
         path.write_text(json.dumps(kept) + "\n", "utf-8")
         return self.record.workspace.shown(path)
 
+    def _remember(self) -> None:
+        """Where `rollback` goes back to: adapter and optimiser as at the last regular checkpoint, or at the start.
+
+        A stop saves a checkpoint of its own. That is no such point, or a run that was stopped would roll back to another
+        place than one that was not; so this point lies in every checkpoint.
+        """
+        trained = {n: p.detach().cpu().clone() for n, p in self.trainer.model.named_parameters() if p.requires_grad}
+        optimizer = deepcopy(self.trainer.optimizer.state_dict())
+        self._point = {"step": self.trainer.state.global_step, "adapter": trained, "optimizer": optimizer}
+
     def _roll_back(self) -> str:
-        """Adapter and optimiser as at the last whole checkpoint, or at the start. The data goes on: its rows are left out."""
-        optimizer, model = self.trainer.optimizer, self.trainer.model
-        checkpoint = newest_sealed(Path(self.trainer.args.output_dir))
-        if checkpoint is None:
-            for name, parameter in model.named_parameters():
-                if name in self._start:
-                    parameter.data.copy_(self._start[name])
-            optimizer.optimizer.state.clear()
-            return "the adapter goes back to where the run began, and its rows are left out"
-        set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
-        state = torch.load(checkpoint / "optimizer.pt", map_location=self.trainer.args.device, weights_only=True)
-        optimizer.load_state_dict(state)
-        return f"the adapter goes back to {checkpoint.name}, and its rows are left out"
+        """The data goes on: the rows of this step are left out."""
+        self._point = self.trainer.ranks.from_first(lambda: self._point)  # the others remember none: they do not save
+        for name, parameter in self.trainer.model.named_parameters():
+            if name in self._point["adapter"]:
+                parameter.data.copy_(self._point["adapter"][name])
+        self.trainer.optimizer.load_state_dict(deepcopy(self._point["optimizer"]))
+        step = self._point["step"]
+        return (
+            f"the adapter goes back to {f'step {step}' if step else 'where the run began'}, and its rows are left out"
+        )
 
     def _of(self, trip: Trip, step: Step) -> dict[str, Any]:
         return {"trip": trip.kind, "message": trip.message, "rows": [self.ids[row] for row in step.rows]}
@@ -181,7 +195,7 @@ class Watch(TrainerCallback):
         figures = self.held_out.figures(values)
         if not self._validated(state.global_step):
             if figures["eval_loss"].value < min((v["eval_loss"] for v in self.validations()), default=math.inf):
-                self.keep_best()
+                self.keep_best(state.global_step)
             line = self._line(state.global_step)
             for name, figure in figures.items():
                 line |= {name: figure.value, f"{name}_ci_low": figure.ci_low, f"{name}_ci_high": figure.ci_high}
@@ -189,6 +203,13 @@ class Watch(TrainerCallback):
         named = (f"{n.removeprefix('eval_').replace('_', ' ')} {f.text()}" for n, f in figures.items())
         say(f"{epoch}: held-out {', '.join(named)}")
         return values
+
+    def enough(self) -> bool:
+        """Whether early stopping has ended this run."""
+        losses = [v["eval_loss"] for v in self.validations()]
+        if not losses or not self.config.early_stopping:
+            return False
+        return len(losses) - 1 - losses.index(min(losses)) >= self.config.early_stopping
 
     def validations(self) -> list[dict[str, Any]]:
         """Those logged so far, with a finite loss."""
@@ -200,16 +221,15 @@ class Watch(TrainerCallback):
     def _validate_if_due(self, model: Any, state: Any, control: Any) -> None:
         """A stop request ends the measurement; it is made up for when the run goes on from here."""
         step = state.global_step
-        each = (self.steps_an_epoch if self.config.evaluate_each_epoch else None, self.config.evaluate_steps)
-        due = 0 < step < state.max_steps and any(n and step % n == 0 for n in each)
-        if self.held_out is None or not due or self.record.stop.requested or self._validated(step):
+        due = step in self.measured_after
+        if self.held_out is None or not due or self._validated(step) or self._asked_to_stop():
             return
         with suppress(Interrupted):
             self.validate(model, state, self._stop_if_asked)
             self._lower_rate()
             self._stop_early(control)
-        if self.record.stop.requested:
-            control.should_save = True
+        if self._asked_to_stop():
+            control.should_save = self.trainer.ranks.first
             control.should_training_stop = True
 
     def _lower_rate(self) -> None:
@@ -218,13 +238,16 @@ class Watch(TrainerCallback):
             self.trainer.lr_scheduler.measured(measured[-1]["eval_loss"])
 
     def _stop_early(self, control: Any) -> None:
-        losses = [v["eval_loss"] for v in self.validations()]
-        if not losses or not self.config.early_stopping:
-            return
-        since_best = len(losses) - 1 - losses.index(min(losses))
-        if since_best >= self.config.early_stopping:
-            say(f"stops early: {since_best} measurements without a lower held-out loss")
+        if self.enough():
+            say(f"stops early: {self.config.early_stopping} measurements without a lower held-out loss")
             control.should_training_stop = True
+
+    def _asked_to_stop(self) -> bool:
+        """On any rank: all stop after the same step."""
+        asked = next(filter(None, self.trainer.ranks.gather(self.record.stop.requested)), None)
+        if asked:
+            self.record.stop.requested = asked
+        return asked is not None
 
     def _stop_if_asked(self) -> None:
         if self.record.stop.requested:
@@ -240,17 +263,3 @@ class Watch(TrainerCallback):
         with self.log.open("a", encoding="utf-8") as out:
             out.write(json.dumps(line) + "\n")
         self.telemetry.write(line)
-
-
-def newest_sealed(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are all there and whole; torn ones are passed over, aloud."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
-    for checkpoint in checkpoints:
-        try:
-            sealed = json.loads((checkpoint / SEAL).read_text())
-            if all(sha256(checkpoint / name) == digest for name, digest in sealed.items()):
-                return checkpoint
-        except (OSError, ValueError):
-            pass
-        say(f"note: {checkpoint.name} is torn and passed over")
-    return None

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 SHORTHANDS = ("benchmarks", "training", "metrics")  # blocks whose names may be left out of a path
+FORECASTS = (
+    "predicted",
+    "predicted_and_actual",
+)  # blocks that say what was expected: found when asked for, never listed
 
 LOWER_BENCHMARKS = {  # metrics in lm-eval's words
     "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "loss", "brier_score", "mse", "rmse", "mae",
@@ -98,6 +102,8 @@ def _at(values: Any, keys: list[str]) -> Any:
 
 def _walk(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Metric]]:
     for key, value in values.items():
+        if key in FORECASTS:
+            continue
         path = f"{prefix}{key}"
         metric = as_metric(value)
         if metric is not None:

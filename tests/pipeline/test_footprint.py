@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline import attention, footprint
+from pipeline.adapter import peft_config as peft_configuration
 from pipeline.config import SftConfig
 from pipeline.footprint import Setup, Shape
 from pipeline.head import token_log_probs
 from pipeline.passes import Pass, lay
-from pipeline.training import lora as peft_configuration
 from tests.pipeline.little import pair, sequence
 
 TOKENS = 512

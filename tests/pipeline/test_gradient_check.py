@@ -37,16 +37,21 @@ def test_every_loss_passes_packed_and_padded_with_room_to_spare() -> None:
 
 def turn_the_sign(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = preference.losses
-    monkeypatch.setattr(preference, "losses", lambda config, known: -honest(config, known))
+    monkeypatch.setattr(preference, "losses", lambda *given: -honest(*given))
 
 
 def forget_beta(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = preference.losses
 
-    def losses(config: DpoConfig, known: Any) -> Any:
-        return honest(config.model_copy(update={"beta": 1.0}), known)
+    def losses(config: DpoConfig, *given: Any) -> Any:
+        return honest(config.model_copy(update={"beta": 1.0}), *given)
 
     monkeypatch.setattr(preference, "losses", losses)
+
+
+def forget_ktos_reference_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = preference.losses
+    monkeypatch.setattr(preference, "losses", lambda config, known, kl: honest(config, known))
 
 
 def relaid(monkeypatch: pytest.MonkeyPatch, alter: Callable[[Pass], Pass]) -> None:
@@ -107,6 +112,7 @@ def every(losses: set[str], *forwards: str) -> set[tuple[str, str]]:
     [
         (turn_the_sign, every(PREFERENCES, "packed", "padded")),
         (forget_beta, every(PREFERENCES, "packed", "padded")),
+        (forget_ktos_reference_point, every({"kto"}, "packed", "padded")),
         (train_a_token_too_few, every(LOSSES, "packed", "padded")),
         (predict_from_the_token_itself, every(LOSSES, "packed", "padded")),
         (let_documents_see_each_other, every(LOSSES, "packed")),

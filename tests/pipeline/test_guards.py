@@ -232,6 +232,11 @@ def test_a_gradient_out_of_all_proportion_is_a_spike_and_a_large_one_is_not(befo
     assert first_trip([*sound(before), S(1.0, 1000.0)], config.Guards(spike=1e4)) is None
 
 
+@pytest.mark.parametrize("update", [math.nan, math.inf])
+def test_an_update_that_is_no_number_trips_at_once(update: float) -> None:
+    assert first_trip([*sound(3), S(2.0, 0.5, update)]) == (4, "update_not_finite")
+
+
 def test_an_adapter_without_updates_is_dead() -> None:
     warm = S(3.0, 0.5, 0.0, 0.0)
     frozen = [S(3.0 + i / 10, 0.0, 0.0) for i in range(20)]
@@ -244,6 +249,28 @@ def test_an_adapter_without_updates_is_dead() -> None:
 def test_a_learning_rate_of_0_is_dead_after_five_steps_and_warm_up_s_first_step_is_not() -> None:
     assert first_trip(S(3.0 + i / 10, 0.5, 0.0, 0.0) for i in range(20)) == (LASTING, "dead_adapter")
     assert first_trip([S(3.0, 0.5, 0.0, 0.0), *sound(20)]) is None
+
+
+def test_a_slow_explosion_is_one_though_each_step_is_near_the_usual() -> None:
+    slow = [S(1.02**i * (1 + 0.1 * math.sin(i))) for i in range(300)]
+    found = first_trip([*sound(60), *slow])
+    assert found and found[1] == "loss_explosion" and slow[found[0] - 61].loss < 20
+
+
+def test_harder_rows_later_in_a_curriculum_are_no_explosion_and_no_spike() -> None:
+    steps = [*(S(0.5 + i / 1000, 1e-3) for i in range(24)), *(S(7.5 - i / 10, 1.0) for i in range(24))]
+    assert first_trip(steps) in ((25, "gradient_spike"), (29, "loss_explosion"))  # as they would be, if rows were mixed
+    guards = Guards(SETTINGS, curriculum=True, rows_differ=False)
+    assert [look(guards, number, step) for number, step in enumerate(steps, 1)] == [None] * len(steps)
+    ruined = [S(9.0, 0.5, 0.9), *(S(12.0, 0.5, 0.9) for _ in range(20))]
+    assert any(look(guards, 100 + number, step) for number, step in enumerate(ruined))
+
+
+def test_a_loss_that_hardly_moves_is_no_wonder_where_every_step_has_all_rows() -> None:
+    for rows_differ in (True, False):
+        guards = Guards(SETTINGS, rows_differ=rows_differ)
+        trips = [look(guards, number, S(2.0)) for number in range(1, 30)]
+        assert any(trips) == rows_differ
 
 
 def test_one_loss_for_different_rows_is_flat() -> None:
@@ -326,5 +353,10 @@ def test_decisions_after_a_resume_are_those_of_a_run_never_interrupted(fault: st
 
 def test_every_kind_of_trip_has_its_planted_fault() -> None:
     planted = [first_trip(steps) for steps in FAULTY.values()]
-    planted += [first_trip([S(math.nan)]), first_trip([S(1.0, math.nan)]), first_trip([S(1.0, supervised=0)])]
+    planted += [
+        first_trip([S(math.nan)]),
+        first_trip([S(1.0, math.nan)]),
+        first_trip([S(1.0, supervised=0)]),
+        first_trip([S(1.0, 0.5, math.nan)]),
+    ]
     assert {trip[1] for trip in planted if trip} == set(get_args(Kind))

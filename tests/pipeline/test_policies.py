@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.errors import StageFailed, UserError
+from pipeline.checkpoints import newest_sealed
+from pipeline.errors import Interrupted, StageFailed, UserError
 from pipeline.preflight import check_disk
 from pipeline.records.file import RecordFile
 from pipeline.records.find import records
 from pipeline.records.lifecycle import Record
 from pipeline.sft import Sft
 from pipeline.stage import Job, run_stage
-from pipeline.trainer import Step, StepTrainer
-from pipeline.watch import newest_sealed
+from pipeline.trainer import StepTrainer
 from pipeline.workspace import Workspace
 
 POISONED = 3  # the step whose gradients are
@@ -100,6 +100,35 @@ def test_a_rollback_takes_adapter_and_optimiser_back_to_the_last_checkpoint(
     assert torch.equal(seen[5], seen[3]) and not torch.equal(seen[4], seen[3])  # as after step 2
 
 
+@pytest.mark.parametrize(("stopped_at", "tripped_at"), [(5, 7), (2, 3)])
+def test_a_rollback_after_a_stop_goes_back_to_where_it_would_have_without(
+    small_talk: Workspace, job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, stopped_at: int, tripped_at: int
+) -> None:
+    """A stop saves a checkpoint of its own, which is no place to go back to."""
+    honest = StepTrainer._gradients
+    stops: list[int] = []
+
+    def gradients(self: StepTrainer, model: Any, rows: Any) -> Any:
+        step = self.state.global_step + 1
+        loss = honest(self, model, rows)
+        if step in stops:
+            stops.remove(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss * math.nan if step == tripped_at and loss is not None else loss
+
+    monkeypatch.setattr(StepTrainer, "_gradients", gradients)
+    settings = ("sft_config.guards.policy=rollback", "sft_config.save_steps=4", "sft_config.epochs=2.0")
+    whole = run_stage(Sft, job(*settings))
+    stops.append(stopped_at)
+    with pytest.raises(Interrupted):
+        run_stage(Sft, job(*settings))
+    resumed = run_stage(Sft, job(*settings, resume=True))
+    assert [line["loss"] for line in lines(resumed) if "trip" not in line] == [
+        line["loss"] for line in lines(whole) if "trip" not in line
+    ]
+    assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(resumed).items())
+
+
 def test_too_many_trips_stop_the_run_all_the_same(
     small_talk: Workspace, job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,18 +141,28 @@ def test_too_many_trips_stop_the_run_all_the_same(
 def test_an_adapter_that_does_not_move_fails_the_run(
     small_talk: Workspace, job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def nothing(self: StepTrainer, step: Step) -> None:
-        self.model.zero_grad()
-
     honest = StepTrainer._note_gradients
 
     def note(self: StepTrainer, model: Any) -> None:
         honest(self, model)
-        nothing(self, self.step)
+        model.zero_grad()
 
     monkeypatch.setattr(StepTrainer, "_note_gradients", note)
     with pytest.raises(StageFailed, match="the adapter did not change in 5 steps in a row"):
         run_stage(Sft, job("sft_config.warmup_ratio=0.0"))
+
+
+@pytest.mark.parametrize("policy", ["stop", "rollback"])
+def test_weights_that_are_no_numbers_after_the_last_step_fail_the_run(
+    small_talk: Workspace, job: Callable[..., Job], policy: str
+) -> None:
+    """Nothing planted: a rate that overflows float32 in the only step, whose loss and gradient are sound."""
+    one_step = ("sft_config.batch_size=10", "sft_config.epochs=1.0", "sft_config.save_steps=1")
+    absurd = ("sft_config.learning_rate=1e39", "sft_config.warmup_ratio=0.0", f"sft_config.guards.policy={policy}")
+    with pytest.raises(StageFailed, match=r"the update of step 1 is (inf|nan) of the adapter"):
+        run_stage(Sft, job(*one_step, *absurd))
+    file, facts = next(records(small_talk))
+    assert facts.status == "failed" and not list((small_talk.checkpoints / file.id).glob("*/adapter_model.safetensors"))
 
 
 HELD_OUT = ("training_data.validation.fraction=0.3", "sft_config.epochs=4.0")
@@ -149,8 +188,6 @@ def test_the_best_adapter_is_kept_beside_the_last(small_talk: Workspace, job: Ca
     assert (training["best"]["epoch"], training["latest"]["epoch"]) == (2.0, 4.0)
     best, last = weights(record, "adapter-best"), weights(record)
     assert any(not torch.equal(best[name], last[name]) for name in last)
-    shorter = run_stage(Sft, job(*HELD_OUT, "sft_config.schedule=constant_with_warmup"))
-    assert not (shorter.output / "adapter-last").exists()
     assert {a.path.split("/")[2] for a in RecordFile(record.file.path).facts().artifacts} == {"adapter", "adapter-best"}  # type: ignore[union-attr]
 
 

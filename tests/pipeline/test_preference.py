@@ -1,4 +1,7 @@
-"""Preference losses against trl's on the same model, against the papers' arithmetic, and at their extremes."""
+"""Preference losses against trl's on the same model, against the papers' arithmetic, and at their extremes.
+
+KTO's against trl's is in `test_kto.py`, with its reference point.
+"""
 
 import math
 from collections.abc import Callable
@@ -12,11 +15,20 @@ import torch
 from torch import Tensor
 
 from pipeline.config import DpoConfig
+from pipeline.encoded import Encoded
 from pipeline.model import Base
-from pipeline.preference import PairLogProbs, figures, loss_at_start, losses, warnings
+from pipeline.preference import (
+    PairLogProbs,
+    figures,
+    held_out_figures,
+    loss_at_start,
+    losses,
+    reference_point,
+    warnings,
+)
 
 LOSS_TYPES = get_args(DpoConfig.model_fields["loss_type"].annotation)
-OF_DPO_TRAINER = [name for name in LOSS_TYPES if name != "orpo"]
+OF_DPO_TRAINER = [name for name in LOSS_TYPES if name not in ("orpo", "kto")]
 PAIRS = [  # prompt, chosen and rejected token ids, of unlike length
     ([17, 400, 9], [31, 5, 77, 12, 3], [31, 900, 2]),
     ([8, 8, 1000, 45], [64], [64, 7, 21, 7, 99, 3]),
@@ -151,6 +163,43 @@ def test_orpo_does_not_look_at_a_reference() -> None:
     other = replace(sums, reference_chosen=torch.tensor([math.nan]), reference_rejected=torch.tensor([math.nan]))
     assert losses(config("orpo"), sums).equal(losses(config("orpo"), other))
     assert figures(config("orpo"), sums) == figures(config("orpo"), other)
+
+
+def test_ktos_reference_point_is_subtracted_from_both_sides() -> None:
+    sums = log_probs(chosen=[3.0, 0.0], rejected=[-1.0, 2.0])
+    by_hand = [(sigma(2 * (0.5 - 3)) + sigma(2 * (-1 - 0.5))) / 2, (sigma(2 * (0.5 - 0)) + sigma(2 * (2 - 0.5))) / 2]
+    assert losses(config("kto", beta=2.0), sums, kl=0.5).tolist() == pytest.approx(by_hand)
+    assert losses(config("apo_zero", beta=2.0), sums, kl=0.5).equal(losses(config("apo_zero", beta=2.0), sums))
+
+
+def sigma(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def test_ktos_reference_point_is_a_mean_that_is_never_below_0_and_hides_no_nan() -> None:
+    assert reference_point([(-1.0, -4.0), (-2.0, -3.0)], [(-2.0, -4.5), (-1.0, -5.0)]) == pytest.approx(2.5 / 4)
+    assert reference_point([(-3.0, -4.0)], [(-2.0, -4.5)]) == 0.0
+    assert math.isnan(reference_point([(math.nan, -4.0)], [(-2.0, -4.5)]))
+    assert reference_point([], []) == reference_point([(), ()], [(), ()]) == 0.0
+
+
+def test_the_held_out_loss_of_kto_has_the_reference_point_of_all_held_out_pairs() -> None:
+    pair = (Encoded([1, 2], [False, True]), Encoded([1, 3], [False, True]))
+    before, after = (
+        [(-2.0, -3.0, -9.0, -8.0), (-1.0, -1.0, -5.0, -6.0)],
+        [(-1.0, -4.0, -7.0, -7.0), (-2.0, 0.0, -4.0, -6.0)],
+    )
+    z0 = (2 + 1 + 1 + 0) / 4
+    expected = [(sigma(z0 - 1) + sigma(-1 - z0)) / 2, (sigma(z0 + 1) + sigma(1 - z0)) / 2]
+    found = held_out_figures(config("kto", beta=1.0), [pair, pair], before, after)
+    assert found["eval_loss"].value == pytest.approx(sum(expected) / 2, abs=1e-6)
+    assert found["eval_preference_accuracy"].value == 0.5
+
+
+def test_the_loss_of_held_out_pairs_does_not_overflow() -> None:
+    pair = (Encoded([1, 2], [False, True]), Encoded([1, 3], [False, True]))
+    before, after = [(0.0, 0.0)] * 2, [(-1e5, 0.0), (1e5, 0.0)]
+    assert held_out_figures(config("sigmoid", beta=1.0), [pair, pair], before, after)["eval_loss"].value == 5e4
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

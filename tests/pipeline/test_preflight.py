@@ -14,8 +14,9 @@ from pipeline.errors import UserError
 from pipeline.fit import Lengths
 from pipeline.footprint import Linear, Shape
 from pipeline.machine import CARD, Machine, Past
+from pipeline.plan import plan, steps_in_all
 from pipeline.preflight import check, check_disk, predict
-from pipeline.stage import Job, steps_in_all
+from pipeline.stage import Job
 
 if TYPE_CHECKING:
     from tests.conftest import Trained
@@ -45,10 +46,8 @@ def predicted(job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> Calla
 
 
 def test_steps_batch_and_tokens_are_those_that_will_be(predicted: Callable[..., preflight.Prediction]) -> None:
-    from pipeline.plan import plan
-
     found = predicted("sft_config.batch_size=3", "sft_config.gradient_accumulation=2", "sft_config.epochs=1.5")
-    assert found.steps == len(plan(40, 6, 1.5, seed=0)) == steps_in_all(found.task.config, 40)
+    assert found.steps == len(plan(found.task.config, [""] * 40, seed=0)) == steps_in_all(found.task.config, 40)
     assert (found.tokens, found.supervised) == (15_000, 7_500)
     rows = dict(found.rows())
     assert rows["steps"].startswith(f"{found.steps} of 6 rows, the first 1 warm up; fewer than 20 steps")

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from little import Pair, little_model, pair, plain_log_probs, trainable
 
-from pipeline import attention, reference
+from pipeline import attention, head, reference
 from pipeline.errors import UserError
 from pipeline.head import bare
 from pipeline.passes import Pass
@@ -19,7 +20,6 @@ from pipeline.workspace import Workspace
 
 SOURCE = random.Random(0)
 PAIRS = [pair(SOURCE, 3, SOURCE.randint(1, 9), SOURCE.randint(1, 9)) for _ in range(6)]
-HASHES = [f"row-{n}" for n in range(6)]
 KEY = reference.key(base="b", adapter="a", contract="c")
 
 
@@ -44,8 +44,7 @@ def model() -> Any:
 
 
 def of(workspace: Workspace, model: Any, rows: Sequence[int], known_as: str = KEY, packed: bool = True) -> Any:
-    pairs, hashes = [PAIRS[i] for i in rows], [HASHES[i] for i in rows]
-    return reference.log_probs(workspace, known_as, model, pairs, hashes, Execution(30, packed))
+    return reference.log_probs(workspace, known_as, model, Execution(30, packed), [PAIRS[i] for i in rows])
 
 
 def plainly(model: Any, pairs: Sequence[Pair]) -> list[tuple[float, float]]:
@@ -83,8 +82,8 @@ def test_only_rows_that_the_file_lacks_are_computed(
 ) -> None:
     first = of(workspace, model, [0, 1, 2])
     seen: list[Pass] = []
-    honest = reference.token_log_probs
-    monkeypatch.setattr(reference, "token_log_probs", lambda m, batch: (seen.append(batch), honest(m, batch))[1])
+    honest = head.token_log_probs
+    monkeypatch.setattr(head, "token_log_probs", lambda m, batch: (seen.append(batch), honest(m, batch))[1])
     found = of(workspace, model, [3, 1, 5])
     assert sum(len(batch.rows) for batch in seen) == 2
     tokens = {token for batch in seen for token in batch.targets.tolist()}
@@ -109,35 +108,92 @@ def test_another_key_does_not_find_the_file(workspace: Workspace, model: Any) ->
         of(workspace, Untouchable(), [0], known_as=reference.key(base="b", adapter="another", contract="c"))
 
 
-def another_key(text: str) -> str:
-    return json.dumps(json.loads(text) | {"key": KEY[:16] + "0" * 48})
+def test_a_row_is_known_by_its_tokens_and_by_which_of_them_are_trained(workspace: Workspace, model: Any) -> None:
+    (chosen, rejected), how = PAIRS[0], Execution(30, packed=True)
+    found = reference.log_probs(workspace, KEY, model, how, [PAIRS[0]])
+    untrained = replace(rejected, mask=[*rejected.mask[:-1], False])
+    for other in ((rejected, chosen), (chosen, chosen), (chosen, untrained)):
+        assert reference.log_probs(workspace, KEY, model, how, [other]) != found
+    assert len(json.loads(kept(workspace).read_text())["rows"]) == 4
+    assert reference.log_probs(workspace, KEY, Untouchable(), how, [PAIRS[0]]) == found
+
+
+def of_another_key(text: str) -> str:
+    """As `log_probs` would write it."""
+    other, kept = KEY[:16] + "0" * 48, json.loads(text)
+    return json.dumps(kept | {"key": other, "sha256": reference._sha256([other, kept["rows"]])})
+
+
+def a_value_off(text: str) -> str:
+    """In one digit, of a pair that promise 3's check would not look at."""
+    kept = json.loads(text)
+    row = list(kept["rows"])[-1]
+    kept["rows"][row][1] += 0.25
+    return json.dumps(kept)
+
+
+def of_other_rows(text: str) -> str:
+    kept = json.loads(text)
+    rows = list(kept["rows"])
+    return json.dumps(kept | {"rows": dict(zip(rows, [kept["rows"][row] for row in rows[1:] + rows[:1]], strict=True))})
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (of_another_key, "are reference log-probs of another model, adapter or template"),
+        (a_value_off, "are reference log-probs that were changed since they were written"),
+        (of_other_rows, "are reference log-probs that were changed since they were written"),
+        (lambda text: text.replace(KEY, KEY[:-1] + "x"), "are reference log-probs that were changed since"),
+    ],
+    ids=["another key", "a value off", "of other rows", "the key off"],
+)
+def test_a_file_of_another_key_or_a_changed_one_is_refused_in_a_line(
+    damage: Any, said: str, workspace: Workspace, model: Any
+) -> None:
+    of(workspace, model, [0, 1])
+    path = kept(workspace)
+    path.write_text(damage(path.read_text()))
+    damaged = path.read_bytes()
+    with pytest.raises(UserError) as refused:
+        of(workspace, Untouchable(), [0, 1])
+    line = str(refused.value)
+    assert line.startswith(f"checkpoints/.reference/{path.name}: {said}")
+    assert "\n" not in line and line.endswith("try deleting the file: they are computed anew")
+    assert path.read_bytes() == damaged
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        another_key,
-        lambda text: text[:-9],  # torn
+        lambda text: text[:-9],
         lambda text: "",
+        lambda text: "\0" * len(text),
         lambda text: "[]",
-        lambda text: json.dumps({"rows": json.loads(text)["rows"]}),
-        lambda text: json.dumps({"key": KEY, "rows": {"row-0": [1.0]}}),
-        lambda text: json.dumps({"key": KEY, "rows": {"row-0": ["a", "b"]}}),
+        lambda text: json.dumps({"key": KEY, "rows": {}}),
+        lambda text: json.dumps({"key": KEY, "sha256": "", "rows": {"row-0": [1.0]}}),
+        lambda text: json.dumps({"key": KEY, "sha256": "", "rows": {"row-0": ["a", "b"]}}),
     ],
-    ids=["another key", "torn", "empty", "list", "no key", "one side", "no numbers"],
+    ids=["torn", "empty", "zeros", "list", "unsealed", "one side", "no numbers"],
 )
-def test_a_file_of_another_key_or_a_broken_one_is_refused_in_a_line(
-    damage: Any, workspace: Workspace, model: Any
+def test_what_a_torn_file_had_is_computed_anew_aloud(
+    damage: Any, workspace: Workspace, model: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    found = of(workspace, model, [0, 1])
+    path = kept(workspace)
+    whole = path.read_bytes()
+    path.write_text(damage(path.read_text()))
+    assert of(workspace, model, [0, 1]) == found and path.read_bytes() == whole
+    assert f"note: checkpoints/.reference/{path.name} is torn" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_read_is_said_to_be_that(workspace: Workspace, model: Any) -> None:
     of(workspace, model, [0])
     path = kept(workspace)
-    path.write_text(damage(path.read_text()))
-    damaged = path.read_bytes()
-    with pytest.raises(UserError) as refused:
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=r"\.json: cannot be read: Is a directory; try deleting the file"):
         of(workspace, Untouchable(), [0])
-    said = str(refused.value)
-    assert said.startswith(f"checkpoints/.reference/{path.name}: ") and "\n" not in said and "deleting the file" in said
-    assert path.read_bytes() == damaged
 
 
 def test_a_measurement_that_fails_leaves_the_model_in_training_and_keeps_nothing(
@@ -147,7 +203,7 @@ def test_a_measurement_that_fails_leaves_the_model_in_training_and_keeps_nothing
         assert not model.training
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(reference, "token_log_probs", fail)
+    monkeypatch.setattr(head, "token_log_probs", fail)
     with pytest.raises(RuntimeError, match="planted"):
         of(workspace, model, [0])
     assert model.training and not (workspace.checkpoints / ".reference").exists()

@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 
 from pipeline import curves, heldout, statistics, training, watch
+from pipeline.checkpoints import NEEDED, SEAL, newest_sealed
 from pipeline.errors import Interrupted, UserError
 from pipeline.model import Base
+from pipeline.progress import Progress
 from pipeline.records.file import RecordFile
 from pipeline.records.find import records, sha256
 from pipeline.records.lifecycle import Record, liveness
 from pipeline.sft import Sft
 from pipeline.stage import Job, run_stage
 from pipeline.trainer import StepTrainer
-from pipeline.watch import SEAL, newest_sealed
 from pipeline.workspace import Workspace
 
 Command = Callable[..., "subprocess.Popen[str]"]
@@ -115,7 +116,7 @@ def test_killed_run_resumed_past_a_torn_checkpoint_equals_uninterrupted(
 def checkpoint(folder: Path, step: int) -> Path:
     path = folder / f"checkpoint-{step}"
     (path / "ref").mkdir(parents=True)
-    for name in ("adapter.safetensors", "optimizer.pt", "ref/adapter.safetensors"):
+    for name in (*NEEDED, "ref/adapter.safetensors"):
         (path / name).write_text(f"{name} at {step}")
     names = [str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()]
     (path / SEAL).write_text(json.dumps({name: sha256(path / name) for name in names}))
@@ -274,19 +275,18 @@ def test_a_part_of_an_epoch_is_validated_at_its_end(small_talk: Workspace, job: 
     assert [(line["epoch"], line["step"]) for line in validations(record)] == [(1.0, 4), (1.5, 6)]
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("rows", [1, 3])
 def test_a_stop_in_a_validation_ends_it_and_a_resume_makes_up_for_it(
-    small_talk: Workspace, job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, batch: int
+    small_talk: Workspace, job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
-    """Stopped after the first of two batches, or after the last, when the measurement is whole."""
-    settings = ("sft_config.epochs=2.0", "eval_config.batch_size=2")
+    """Stopped after the first row, or after the last, when the measurement is whole; each has a pass of its own."""
+    settings = ("sft_config.epochs=2.0", "sft_config.pass_tokens=1")
     whole = run(job, *settings)
     modes = list[bool]()
 
-    def stop_in_batch(given: Any, what: str, unit: str) -> Any:
-        for number, value in enumerate(given, 1):
-            yield value
-            if what == "held-out rows, epoch 1" and number == batch:
+    class Stopping(Progress):
+        def advance(self, done: int | None = None, note: str = "") -> None:
+            if self.description == "held-out rows, epoch 1" and done == rows:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     honest = watch.Watch.validate
@@ -298,14 +298,14 @@ def test_a_stop_in_a_validation_ends_it_and_a_resume_makes_up_for_it(
             modes.append(model.training)
 
     with monkeypatch.context() as patch:
-        patch.setattr(heldout, "track", stop_in_batch)
+        patch.setattr(heldout, "Progress", Stopping)
         patch.setattr(watch.Watch, "validate", validate)
         with pytest.raises(Interrupted, match=r"interrupted by SIGTERM after step 4/8; RESUME=1"):
             run(job, *settings)
     assert modes == [True]
     file, facts = next(records(small_talk))
     assert facts.status == "cancelled"
-    assert [line["step"] for line in log_of(file.folder) if "eval_loss" in line] == [4] * (batch - 1)
+    assert [line["step"] for line in log_of(file.folder) if "eval_loss" in line] == [4] * (rows == 3)
     assert facts.results["training"]["steps"] == 4
     pictures = [small_talk.experiments / picture.path for picture in facts.visualizations]
     assert len(pictures) == 4 and all(path.parent == file.folder and path.exists() for path in pictures)

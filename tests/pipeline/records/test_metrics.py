@@ -97,3 +97,11 @@ def test_broken_parts_of_a_figure_are_left_out() -> None:
 def test_odd_results_are_walked_without_an_error(results: dict[str, Any]) -> None:
     metrics(results)
     assert resolve(results, "x.y.z") is None
+
+
+def test_what_was_only_expected_is_no_figure_of_the_run_but_can_be_asked_for() -> None:
+    results = {
+        "training": {"predicted": {"seconds": 9.0}, "predicted_and_actual": {"seconds": {"ratio": 2.0}}, "seconds": 4.0}
+    }
+    assert metrics(results) == {"training.seconds": Metric(4.0)}
+    assert resolve(results, "training.predicted_and_actual.seconds.ratio") == Metric(2.0)
