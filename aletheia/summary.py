@@ -42,12 +42,15 @@ def key_figures(facts: Facts) -> Iterator[str]:
     """The few figures by which one knows a record again."""
     results = facts.results
     if facts.failure:
-        yield facts.failure.message
+        yield facts.failure.message.split("; ")[0]  # what; the batch and the remedy stand in the record
     if facts.stage == "data" and "rows" in results:
         yield f"{results['rows']} rows"
     if "eval_loss" in results:
         control = " (control: answers shuffled)" if facts.stage == "sft" and shuffled(facts) else ""
         yield f"held-out loss {_change(results['eval_loss'])}{control}"
+    elif isinstance(training := results.get("training"), dict) and "train_loss" in training and facts.stage == "sft":
+        loss = training["train_loss"]
+        yield f"train loss {loss['first']:.2f} → {loss['last']:.2f}, nothing held out"
     if "preference_accuracy" in results:
         accuracy = results["preference_accuracy"]
         beside = f", length alone {accuracy['length_alone']:.2f}" if "length_alone" in accuracy else ""

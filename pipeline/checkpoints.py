@@ -57,8 +57,8 @@ def newest_sealed(folder: Path, aloud: bool = True) -> Path | None:
 
 
 def computed(checkpoint: Path) -> dict[str, Any]:
-    """How its steps were: pass_tokens, packed, quantization, ranks."""
-    found: dict[str, Any] = json.loads((checkpoint / EXECUTION).read_text())
+    """How its steps were: pass_tokens, packed, quantization (None: not known), ranks. Older ones do not say the last two."""
+    found: dict[str, Any] = {"quantization": None, "ranks": 1} | json.loads((checkpoint / EXECUTION).read_text())
     return found
 
 
@@ -74,7 +74,7 @@ def best_at(folder: Path, step: int) -> Path:
 
 def forget(folder: Path) -> None:
     """All that only a resume needs."""
-    for left in (*_checkpoints(folder), *_numbered(folder, BEST)):
+    for left in (*_checkpoints(folder), *folder.glob(f"{BEST}-*")):  # of these also one that was half written
         shutil.rmtree(left)
 
 

@@ -137,7 +137,9 @@ class TrainingConfig(Section):
 
 class SftConfig(LoraConfig, TrainingConfig):
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="peak rate of AdamW")
-    epochs: Annotated[float, Field(gt=0)] = Field(2.0, description="passes over the training rows")
+    epochs: Annotated[float, Field(gt=0)] = Field(
+        2.0, description="passes over the training rows; a part of one is rounded up to whole steps"
+    )
     neftune_alpha: Annotated[float, Field(gt=0)] | None = Field(
         None, description="noise on the embeddings in training (NEFTune); 5 is usual, null: none"
     )
@@ -151,7 +153,9 @@ class SftConfig(LoraConfig, TrainingConfig):
 
 class DpoConfig(TrainingConfig):
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-5, description="peak rate of AdamW")
-    epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the training pairs")
+    epochs: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="passes over the training pairs; a part of one is rounded up to whole steps"
+    )
     beta: Annotated[float, Field(gt=0)] = Field(0.1, description="how strongly the policy is held to the reference")
     loss_type: Literal["sigmoid", "ipo", "robust", "hinge", "apo_zero", "kto", "sppo_hard", "orpo"] = Field(
         "sigmoid",

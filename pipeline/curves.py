@@ -101,11 +101,12 @@ def _sft_loss(ax: Any, log: Log) -> None:
 
 
 def _dpo_loss(ax: Any, log: Log) -> None:
-    _loss(ax, log, "nats a pair")
+    _loss(ax, log, "loss a pair")  # of some kinds no nats
 
 
 def _loss(ax: Any, log: Log, unit: str) -> None:
     ax.set(title="Loss", ylabel=unit)
+    _trips(ax, log)
     _with_held_out(ax, _series(log, "loss"), log, "eval_loss")
 
 
@@ -202,7 +203,10 @@ def _with_held_out(ax: Any, training: Points, log: Log, key: str) -> None:
         n = lines[-1].get("eval_n")
         label = f"held-out rows, 95 % interval{f', n = {n}' if n else ''}"
         ax.errorbar([line["step"] for line in lines], value, ends, color=ORANGE, marker="o", capsize=4, label=label)
-        ax.set_title(f"{ax.get_title(loc='left')}: {value[-1]:.3g} on held-out rows at step {lines[-1]['step']}")
+        lowest = min(lines, key=lambda line: line[key])
+        best = f", {lowest[key]:.3g} at step {lowest['step']}" if key == "eval_loss" and lowest is not lines[-1] else ""
+        last = f"{value[-1]:.3g} on held-out rows at step {lines[-1]['step']}"
+        ax.set_title(f"{ax.get_title(loc='left')}: {last}{best}")
     ax.legend(loc="best")
 
 
@@ -217,6 +221,14 @@ def _thin_and_smoothed(ax: Any, points: Points, from_zero: bool = False) -> None
     smooth = [median(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))]
     ax.plot(steps, smooth, color=BLUE, label=f"training, median of {window} steps")
     _scale(ax, values, from_zero)
+
+
+def _trips(ax: Any, log: Log) -> None:
+    """Where a guard left a step out."""
+    for n, line in enumerate(line for line in log if "trip" in line and _number(line.get("step"))):
+        ax.axvline(
+            line["step"], color=ORANGE, linewidth=1, linestyle=(0, (1, 2)), label="" if n else "left out by a guard"
+        )
 
 
 def _line(ax: Any, points: Points, from_zero: bool = False) -> None:

@@ -83,10 +83,11 @@ class Dpo:
         kto = config.loss_type == "kto"
         train_pairs, held_out = encoded(job, record, self.base, self.chat, self.rows, self.chat.pair, config.max_length)
         rows, pairs = [row for row, _ in train_pairs], [sides for _, sides in train_pairs]
+        unseen, n = [sides for _, sides in held_out], len(held_out)
 
         of_sft = self.source.output if self.source else None
         policy = adapter.start(self.base, job.config.sft_config, of_sft, job.config.seed)
-        how = training.execution(config, policy, pairs, self.chat.tokenizer.pad_token_id, self.needs.setup)
+        how = training.execution(config, policy, pairs, unseen, self.chat.tokenizer.pad_token_id, self.needs.setup)
         measuring = replace(how)  # whatever passes training comes down to, before and after are laid alike
         known_as = reference.key(**self._reference_parts(record, how))
 
@@ -108,7 +109,6 @@ class Dpo:
         # KTO's reference point of a step: the trainer knows the steps, and the policy still is the reference.
         kl = ReferencePoint.of(policy, pairs, trainer.steps, config.max_length, how, reference_of) if kto else None
 
-        unseen, n = [sides for _, sides in held_out], len(held_out)
         borrowing = mismatched(unseen, range(n), config.max_length) if kto else []
 
         def measured(model: Any, what: str, pause: heldout.Pause = heldout.no_pause) -> "list[PairSums]":
@@ -123,6 +123,8 @@ class Dpo:
 
         if held_out:
             record.facts.results |= self._preferences(record, [pair.id for pair, _ in held_out], unseen, before, after)
+        else:
+            say("no pairs are held out: what it has learnt for others is not known")
         adapter.keep(trainer.model, self.chat, record, f"{job.config.name}-dpo")
 
     def _reference_parts(self, record: Record, how: Any) -> dict[str, Any]:

@@ -97,6 +97,8 @@ class Guards:
         self._lowest = math.inf  # of the running medians: the loss of a slow explosion is usual at every step
         self._overflows = 0
         for line in history:
+            if "trip" in line and settings.policy == "rollback":
+                self.rolled_back()
             if "trip" not in line and all(figure in line for figure in Taken._fields):
                 self._remember(Taken(*(line[figure] for figure in Taken._fields)))
 
@@ -125,6 +127,15 @@ class Guards:
             what = f"the gradient norm was not finite in {self._overflows} steps in a row, up to step {step}"
             return Trip("gradient_not_finite", what, "bf16 or fp32 in place of fp16")
         return self._dead(step) or self._flat(step)
+
+    @property
+    def ruined(self) -> bool:
+        """Whether an update was so large that what comes after it is no place to go back to."""
+        return self._largest_update > LARGE_UPDATE
+
+    def rolled_back(self) -> None:
+        """The adapter is as it was before its large updates."""
+        self._largest_update = 0.0
 
     def _remember(self, step: Taken) -> None:
         if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):

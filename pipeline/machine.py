@@ -83,6 +83,7 @@ def past(workspace: Workspace, profile: str, stage: str, machine: Machine) -> li
 def _told(name: str, facts: Facts, machine: Machine) -> Past:
     training, used = facts.results.get("training"), facts.resources
     seconds, by_shape = _number(training, "seconds"), _number(training, "predicted", "memory_gb_by_shape")
+    stopped_early = isinstance(training, dict) and "stopped_early" in training  # the work is that of all steps
     peak = _number(used, "gpu_peak_memory_gb" if machine.device == "cuda" else "peak_memory_gb")
     if machine.device == "cpu" and "peak_memory_note" in used:
         peak = None  # it may be an earlier stage's
@@ -92,7 +93,7 @@ def _told(name: str, facts: Facts, machine: Machine) -> Past:
     return Past(
         name,
         memory=_ratio(peak, by_shape),
-        rate=_ratio(_number(training, "predicted", "flops"), seconds),
+        rate=None if stopped_early else _ratio(_number(training, "predicted", "flops"), seconds),
         seconds_a_row=_ratio(seconds, rows * (_number(training, "steps") or 0.0)),
         watts=_ratio(kwh and kwh * 3.6e6, wall),
     )

@@ -99,7 +99,7 @@ class Prediction:
         about = "" if self.task.lengths.counted else "about "
         supervised = "" if self.supervised is None else f", {self.supervised:,} of them supervised"
         found = [
-            *self._sampling(),
+            *self.sampling(),
             ("steps", schedule(self.task.config, len(self.task.lengths.met))),
             ("tokens", f"{about}{self.tokens:,}{supervised}"),
             ("passes", self._passes()),
@@ -115,7 +115,8 @@ class Prediction:
             found.append(("cost", f"{self.cost:.2g} {self.prices.currency}"))
         return found
 
-    def _sampling(self) -> list[tuple[str, str]]:
+    def sampling(self) -> list[tuple[str, str]]:
+        """Empty where each row is met once an epoch."""
         sampled, lengths = self.task.config.domain_sampling, self.task.lengths
         factors = ", ".join(f"{domain} × {times:g}" for domain, times in sampled.items())
         rows = f"{factors}: an epoch meets {len(lengths.met)} rows, of {len(lengths.train)} to train"
@@ -231,7 +232,7 @@ def _begun_with(job: Job) -> str | None:
     if not (job.resume and job.record):
         return None
     checkpoint = newest_sealed(job.workspace.checkpoints / job.record.id, aloud=False)
-    return str(computed(checkpoint)["quantization"]) if checkpoint else None
+    return computed(checkpoint)["quantization"] if checkpoint else None
 
 
 def _predicted(task: Task, setup: Setup, prices: Cost, known: list[Past]) -> Prediction:

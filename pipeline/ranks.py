@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.errors import AletheiaError, StageFailed, UserError
+from pipeline.progress import say
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -185,6 +186,8 @@ def join(device: str) -> Ranks:
         os.environ.pop(name, None)
     if rank:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
+    elif size > 1:
+        say(f"{size} ranks: each takes its share of every step's rows")
     return Ranks(rank, size)
 
 

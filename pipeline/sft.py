@@ -81,7 +81,7 @@ class Sft:
         unseen = [tokens for _, tokens in held_out]
 
         model = adapter.start(self.base, config, self.source.output if self.source else None, job.config.seed)
-        how = training.execution(config, model, sequences, self.chat.tokenizer.pad_token_id, self.needs.setup)
+        how = training.execution(config, model, sequences, unseen, self.chat.tokenizer.pad_token_id, self.needs.setup)
         measuring = replace(how)  # whatever passes training comes down to, before and after are laid alike
         tokens = [supervised(sequence) for sequence in sequences]
         domains = [row.domain for row in rows]
@@ -114,6 +114,8 @@ class Sft:
             verdict = change.verdict(lower_is_better=True)
             say(f"held-out loss {change.before.text()} → {change.after.text()} nats a token: {verdict}")
             heldout.write(record.folder, [row.id for row, _ in held_out], before, after)
+        else:
+            say("no rows are held out: what it has learnt for others is not known")
         suffix = "sft-control" if config.shuffle_answers else "sft"
         adapter.keep(trainer.model, self.chat, record, f"{job.config.name}-{suffix}")
 

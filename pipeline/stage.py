@@ -17,7 +17,7 @@ from pipeline.quiet import quiet
 from pipeline.ranks import Ranks
 from pipeline.records import criteria, find
 from pipeline.records.file import RecordFile
-from pipeline.records.lifecycle import Record, open_record
+from pipeline.records.lifecycle import Record, liveness, open_record
 from pipeline.records.person import STAGES
 from pipeline.records.schema import Facts, Input
 from pipeline.workspace import Workspace
@@ -75,6 +75,9 @@ def _run(stage: type[Stage], job: Job, workspace: Workspace) -> Record:
         file = file or find.resumable(job.workspace, job.profile.id, stage.name)[0]
         facts = file.facts()
         job = replace(_as_begun(job, file, facts) if facts else job, record=file)
+        if facts:
+            settings = "".join(f", {key}={value}" for key, value in facts.overrides.items())
+            say(f"resumes {file.id}, {liveness(facts)}{settings}")
     for criterion in job.criteria:
         criteria.parse(criterion, "--criterion")
     prepared = stage.prepare(job)
@@ -90,6 +93,7 @@ def _run(stage: type[Stage], job: Job, workspace: Workspace) -> Record:
         inputs=prepared.inputs,
         parent=job.parent,
         file=file if job.ranks.first else None,
+        ranks=job.ranks.size,
     ) as record:
         prepared.run(record)
     checkpoints.forget(record.output)  # complete: there is nothing left to resume

@@ -241,12 +241,15 @@ class WarmupThenPlateau(LambdaLR):
     """Rises for `warmup` steps; then every measured loss that is no lower than the lowest takes the rate to a tenth."""
 
     def __init__(self, optimizer: Any, warmup: int) -> None:
-        self.factor, self.lowest = 1.0, math.inf
+        self.factor = 1.0
         super().__init__(optimizer, lambda step: min(1.0, step / max(warmup, 1)) * self.factor)
 
-    def measured(self, loss: float) -> None:
-        self.factor *= 1.0 if loss < self.lowest else 0.1
-        self.lowest = min(loss, self.lowest)
+    def measured(self, losses: Sequence[float]) -> None:
+        """`losses`: all so far. What a checkpoint remembers may lack the last one."""
+        self.factor, lowest = 1.0, math.inf
+        for loss in losses:
+            self.factor *= 1.0 if loss < lowest else 0.1
+            lowest = min(loss, lowest)
 
 
 def mean_figures(shares: Sequence[Share]) -> dict[str, float]:

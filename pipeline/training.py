@@ -41,7 +41,7 @@ from pipeline.stage import Job
 from pipeline.step import NOTHING, StepFigures
 from pipeline.telemetry import Telemetry
 from pipeline.trainer import Execution, StepLoss, StepTrainer
-from pipeline.watch import LOG, Watch
+from pipeline.watch import LOG, Enough, Watch
 
 
 def make_trainer(
@@ -128,26 +128,32 @@ def train(
         how, quantization = trainer.execution, needs.setup.quantization
         checkpoints.seal(checkpoint, how, quantization, ranks.size, record.facts.configuration)
 
+    for label, value in needs.sampling():
+        say(f"{label}: {value}")
     telemetry = Telemetry(job.config.telemetry if ranks.first else ShownNowhere(tensorboard=False), record)
     an_epoch = rows_an_epoch(config, domains)
     watch = Watch(record, config, trainer, figures, ids, an_epoch, held_out, keep_best, seal, telemetry)
     checkpoints.forget_worse(record.output, watch.validations())
-    if checkpoint and watch.enough():  # it had stopped early, and only its end was not written
-        trainer.train_dataset = trainer.steps[: step_of(checkpoint)]
     trainer.add_callback(figures)
     trainer.add_callback(watch)
     with telemetry:
         try:
             plain = trainer.execution.compute is None
             lean = disable_input_dtype_casting(trainer.model, active=not plain)  # autocast does it
-            with record.stop.deferred("stopping after this step and saving"), watch, lean, _out_of_memory_told():
+            with (
+                record.stop.deferred("stopping after this step and saving"),
+                watch,
+                lean,
+                _out_of_memory_told(),
+                suppress(Enough),
+            ):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             ranks.part()
             _stop_if_asked(record, trainer.state)
             after = watch.validate(trainer.model, trainer.state)
         finally:
             log = items.read(record.folder / LOG)
-            record.facts.results["training"] = _told(trainer, log) | {"predicted": needs.facts()}
+            record.facts.results["training"] = _told(trainer, log, watch.enough()) | {"predicted": needs.facts()}
             if config.domain_sampling:
                 met = Counter(domains[row] for step in trainer.steps[: trainer.state.global_step] for row in step)
                 record.facts.results["training"]["rows_met"] = dict(sorted(met.items()))
@@ -168,7 +174,8 @@ def train(
     }
     if "seconds" in figures.totals:
         record.facts.results["training"]["seconds"] = seconds = round(figures.totals["seconds"], 2)
-        actual = needs.against(memory_gb=steps[-1]["memory_gb"], seconds=seconds)
+        whole = trainer.state.global_step == len(trainer.steps)
+        actual = needs.against(memory_gb=steps[-1]["memory_gb"], seconds=seconds if whole else None)
         record.facts.results["training"]["predicted_and_actual"] = actual
     return _best_or_last(trainer, record, chat, config, watch, after)
 
@@ -217,12 +224,17 @@ def _out_of_memory_told() -> Iterator[None]:
 def _stop_if_asked(record: Record, state: Any) -> None:
     if record.stop.requested and state.global_step < state.max_steps:
         done, parent = f"{state.global_step}/{state.max_steps}", record.facts.lineage.parent
-        again = f"make run EXP={parent}" if parent else "RESUME=1"
+        again = f"make run EXP={parent}" if parent else "RESUME=1 (--resume)"
         raise Interrupted(f"interrupted by {record.stop.requested} after step {done}; {again} goes on from there")
 
 
 def execution(
-    config: SftConfig | DpoConfig, model: Any, rows: Sequence[Row], pad_id: int | None, setup: Setup
+    config: SftConfig | DpoConfig,
+    model: Any,
+    rows: Sequence[Row],
+    held_out: Sequence[Row],
+    pad_id: int | None,
+    setup: Setup,
 ) -> Execution:
     """How the passes are computed: packed where that gives what the model alone gives, as is checked."""
     compute = bare(model).dtype
@@ -233,7 +245,7 @@ def execution(
         compute=compute if compute in (torch.bfloat16, torch.float16) else None,
         pad_id=pad_id or 0,  # masked, so any id does; some tokenizers have none
     )
-    if packing.one_row_a_pass(model, rows):
+    if packing.one_row_a_pass(model, [*rows, *held_out]):
         say("note: this model's positions depend on the longest row of a pass: a row a pass, which is slower")
         how.pass_tokens = 1
     if how.packed and (problem := packing.problem(model, rows, how)):
@@ -242,10 +254,12 @@ def execution(
     return how
 
 
-def _told(trainer: StepTrainer, log: list[dict[str, Any]]) -> dict[str, Any]:
+def _told(trainer: StepTrainer, log: list[dict[str, Any]], stopped_early: bool) -> dict[str, Any]:
     """How the run went, for its record; of however much was trained."""
     how = trainer.execution
     told: dict[str, Any] = {"steps": trainer.state.global_step}
+    if stopped_early and trainer.state.global_step < len(trainer.steps):
+        told["stopped_early"] = f"after {trainer.state.global_step} of {len(trainer.steps)} steps"
     validations = [{key: line[key] for key in ("epoch", "step", "eval_loss")} for line in log if "eval_loss" in line]
     finite = [validation for validation in validations if math.isfinite(validation["eval_loss"])]
     if finite:

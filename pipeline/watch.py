@@ -34,6 +34,10 @@ LOG = "log.jsonl"
 ROLLBACK = "rollback.pt"  # in a checkpoint: where the policy of that name goes back to
 
 
+class Enough(Exception):
+    """Early stopping had ended the run before it was resumed: no further step is taken."""
+
+
 class Watch(TrainerCallback):
     """Sees every step, after `figures` has. Validates where the profile says so; `train` does it after the last step."""
 
@@ -63,6 +67,7 @@ class Watch(TrainerCallback):
         )
         self.progress: Progress | None = None
         self._point: dict[str, Any] = {}
+        self._measured: tuple[int, list[Any]] | None = None  # the last step that was, and its values
         trainer.look = self.look
 
     def __enter__(self) -> "Watch":
@@ -110,7 +115,10 @@ class Watch(TrainerCallback):
             else:
                 self._remember()
         self.progress = Progress(f"training {self.record.facts.stage}", state.max_steps, "step", done=state.global_step)
+        self._lower_rate()  # by what the checkpoint was saved before
         self._validate_if_due(model, state, control)  # where the run stopped before it came to that
+        if self.enough():
+            raise Enough
         self.progress.__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -141,7 +149,7 @@ class Watch(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self._point:
-            if state.global_step % self.config.save_steps == 0:
+            if state.global_step % self.config.save_steps == 0 and not self.guards.ruined:
                 self._remember()
             torch.save(self._point, checkpoint / ROLLBACK)
         self.seal(checkpoint)
@@ -176,6 +184,7 @@ class Watch(TrainerCallback):
             if name in self._point["adapter"]:
                 parameter.data.copy_(self._point["adapter"][name])
         self.trainer.optimizer.load_state_dict(deepcopy(self._point["optimizer"]))
+        self.guards.rolled_back()
         step = self._point["step"]
         return (
             f"the adapter goes back to {f'step {step}' if step else 'where the run began'}, and its rows are left out"
@@ -190,6 +199,8 @@ class Watch(TrainerCallback):
         """Measures the held-out rows, and logs what they come to unless this step's line is there. A value a row."""
         if self.held_out is None:
             return []
+        if self._measured and self._measured[0] == state.global_step:
+            return self._measured[1]
         epoch = f"epoch {self.epoch(state.global_step):g}"
         values = self.held_out.values(model, f"held-out rows, {epoch}", pause)
         figures = self.held_out.figures(values)
@@ -202,6 +213,7 @@ class Watch(TrainerCallback):
             self._write({k: v for k, v in line.items() if v is not None} | {"eval_n": len(values)})
         named = (f"{n.removeprefix('eval_').replace('_', ' ')} {f.text()}" for n, f in figures.items())
         say(f"{epoch}: held-out {', '.join(named)}")
+        self._measured = state.global_step, values
         return values
 
     def enough(self) -> bool:
@@ -234,12 +246,12 @@ class Watch(TrainerCallback):
 
     def _lower_rate(self) -> None:
         """Only `reduce_on_plateau` wants to know."""
-        if hasattr(self.trainer.lr_scheduler, "measured") and (measured := self.validations()):
-            self.trainer.lr_scheduler.measured(measured[-1]["eval_loss"])
+        if hasattr(self.trainer.lr_scheduler, "measured"):
+            self.trainer.lr_scheduler.measured([line["eval_loss"] for line in self.validations()])
 
     def _stop_early(self, control: Any) -> None:
         if self.enough():
-            say(f"stops early: {self.config.early_stopping} measurements without a lower held-out loss")
+            say(f"stops early: the held-out loss was no lower the last {self.config.early_stopping} times")
             control.should_training_stop = True
 
     def _asked_to_stop(self) -> bool:

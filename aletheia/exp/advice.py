@@ -36,7 +36,11 @@ def suggestions(log: Log, facts: Facts) -> Iterator[Suggestion]:
         yield Suggestion(
             "a lower rate", f"{len(log.spikes)} gradient spikes, the first at step {log.spikes[0]}", slower
         )
-    if log.falls is False and not log.not_finite:
+    tripped = (facts.results.get("training") or {}).get("trips") or ()
+    if tripped and not log.not_finite and not log.spikes:
+        lower = (f"{section}.learning_rate={number(rate / 10)}",) if rate else ()
+        yield Suggestion("a lower rate", f"a guard tripped {len(tripped)} ×, first: {tripped[0]['message']}", lower)
+    if log.falls is False and not log.not_finite and not tripped:
         faster = (f"{section}.learning_rate={number(rate * 3)}",) if rate else ()
         yield Suggestion("a higher rate", "the train loss does not fall", faster)
     if log.still_falling:

@@ -124,25 +124,28 @@ def environment() -> dict[str, Any]:
 class Meter:
     """Wall clock, processor time, peak memory, energy and cost from now until `read()`."""
 
-    def __init__(self, cost: Cost) -> None:
-        self.cost, self.wall, self.energy = cost, time.monotonic(), Energy()
+    def __init__(self, cost: Cost, ranks: int = 1) -> None:
+        """`ranks`: processes that do the same work; this one's figures stand for each."""
+        self.cost, self.ranks, self.wall, self.energy = cost, ranks, time.monotonic(), Energy()
         self.peak_is_own = _reset_peak_memory()
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
     def read(self) -> dict[str, Any]:
-        wall, energy = time.monotonic() - self.wall, self.energy.kwh()
+        wall, energy = time.monotonic() - self.wall, self.ranks * self.energy.kwh()
         facts: dict[str, Any] = {
             "wall_seconds": round(wall, 2),
-            "cpu_seconds": round(self.energy.cpu_seconds(), 2),
+            "cpu_seconds": round(self.ranks * self.energy.cpu_seconds(), 2),
             "peak_memory_gb": round(_peak_memory() / 1e9, 3),
         }
+        if self.ranks > 1:
+            facts["ranks_note"] = f"time and energy are the first rank's × {self.ranks}; memory is the first rank's"
         if not self.peak_is_own:
             facts["peak_memory_note"] = "of the process since it started, earlier stages included"
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_available():
-            facts["gpu_hours"] = round(wall / 3600 * torch.cuda.device_count(), 4)
+            facts["gpu_hours"] = round(wall / 3600 * torch.cuda.device_count() * self.ranks, 4)
             facts["gpu_peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
         else:
             facts["gpu_hours"] = 0.0

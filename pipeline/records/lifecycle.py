@@ -139,6 +139,7 @@ def open_record(
     inputs: list[Input] | None = None,
     parent: str | None = None,
     file: RecordFile | None = None,
+    ranks: int = 1,
 ) -> Iterator[Record]:
     """Opens a new record, fills in a planned `file` or takes one back to running, and closes it whatever happens.
 
@@ -164,7 +165,7 @@ def open_record(
             record = Record(file, earlier or fresh, workspace, stop)
             with _closing(record):
                 stop.heed()
-                meter = capture.Meter(cost)
+                meter = capture.Meter(cost, ranks)
                 record.facts.failure = None
                 code, known = capture.code(record.folder), earlier.code if earlier else {}
                 if known | code != known:  # a run that is taken up often, by the same code, names it once

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,52 @@ def test_a_run_that_had_stopped_early_and_was_killed_before_its_end_stays_stoppe
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.parametrize("setting", ["early_stopping=1", "schedule=reduce_on_plateau"])
+def test_a_stop_in_the_measurement_that_decides_changes_nothing(
+    small_talk: Workspace, job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, planted: list[float], setting: str
+) -> None:
+    """Stopped while it measures, resumed, cut off before the next save, and resumed once more."""
+    asked = (*HELD_OUT[:2], "sft_config.save_steps=100", f"sft_config.{setting}")
+    losses = [9.0, 5.0, 4.0, 4.5, 4.6]
+    planted += losses
+    whole = run_stage(Sft, job(*asked))
+    planted.clear()
+    honest = heldout.losses
+    planted += losses[:3]
+
+    def stopped(model: Any, encoded: Any, *given: Any) -> list[float]:
+        if len(planted) == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            given[-1]()  # as before each pass
+        return honest(model, encoded, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(heldout, "losses", stopped)
+        run_stage(Sft, job(*asked))
+    planted += [9.0, *losses[3:]]
+
+    def cut_off(self: StepTrainer, model: Any, rows: Any) -> Any:
+        raise Killed
+
+    with monkeypatch.context() as patch, suppress(Killed):
+        patch.setattr(StepTrainer, "_gradients", cut_off)  # one that has stopped early takes no further step
+        run_stage(Sft, job(*asked, resume=True))
+    if next(records(small_talk))[1].status != "complete":
+        planted.clear()
+        planted += [9.0, *losses[4:]]
+        run_stage(Sft, job(*asked, resume=True))
+    resumed, _ = next(records(small_talk))
+    assert lines_of(small_talk, resumed.id) == lines_of(small_talk, whole.id)
+    after, before = (weights(small_talk.checkpoints / name / "adapter") for name in (resumed.id, whole.id))
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_checkpoint_of_an_earlier_version_can_be_gone_on_from(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, 4)
+    (path / checkpoints.EXECUTION).write_text('{"pass_tokens": 512, "packed": true}')
+    assert checkpoints.computed(path) == {"pass_tokens": 512, "packed": True, "quantization": None, "ranks": 1}
+
+
 def test_a_best_that_came_after_the_checkpoint_is_forgotten_with_its_steps(
     small_talk: Workspace, job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, planted: list[float]
 ) -> None:
@@ -150,10 +197,13 @@ def test_a_best_that_came_after_the_checkpoint_is_forgotten_with_its_steps(
     assert not list(output.glob("checkpoint-*")) and not list(output.glob(f"{checkpoints.BEST}*"))
 
 
-def lines_of(workspace: Workspace) -> list[dict[str, Any]]:
-    file, _ = next(records(workspace))
+def lines_of(workspace: Workspace, name: str | None = None) -> list[dict[str, Any]]:
+    """Of a record, else the newest; but what the clock says."""
+    file = next(file for file, _ in records(workspace) if name in (None, file.id))
     log = file.folder / "log.jsonl"
-    return [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
+    found = [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
+    known = ("step", "epoch", "loss", "learning_rate", "grad_norm", "eval_loss")
+    return [{key: line[key] for key in known if key in line} for line in found]
 
 
 def test_the_best_as_of_each_checkpoint_stays_and_no_other(tmp_path: Path) -> None:

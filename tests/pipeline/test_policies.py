@@ -129,6 +129,33 @@ def test_a_rollback_after_a_stop_goes_back_to_where_it_would_have_without(
     assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(resumed).items())
 
 
+def test_a_rollback_goes_back_to_before_an_update_that_ruined_the_adapter(
+    small_talk: Workspace, job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One update of many times the adapter in step 3: the checkpoints after it, which are whole, are no place to go back to."""
+    at: dict[int, torch.Tensor] = {}
+    honest = StepTrainer._gradients
+
+    def gradients(self: StepTrainer, model: Any, rows: Any) -> Any:
+        step, optimizer = self.state.global_step + 1, self.optimizer
+        at[step] = torch.cat([p.detach().flatten().clone() for p in model.parameters() if p.requires_grad])
+        for group in optimizer.param_groups:
+            group["lr"] = 3.0 if step == 3 and not tripped() else 1e-5
+        return honest(self, model, rows)
+
+    def tripped() -> bool:
+        return any(
+            "trip" in json.loads(line) for log in small_talk.experiments.glob("*/log.jsonl") for line in log.open()
+        )
+
+    monkeypatch.setattr(StepTrainer, "_gradients", gradients)
+    settings = ("sft_config.guards.policy=rollback", "sft_config.save_steps=2", "sft_config.epochs=3.0")
+    record = run_stage(Sft, job(*settings, "sft_config.warmup_ratio=0.0"))
+    first = next(line["step"] for line in lines(record) if "trip" in line)
+    assert first > 4 and not torch.equal(at[5], at[3])
+    assert torch.equal(at[first + 1], at[3])  # as after step 2, though checkpoint-4 is newer
+
+
 def test_too_many_trips_stop_the_run_all_the_same(
     small_talk: Workspace, job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -395,14 +395,13 @@ def guarded(of: StepTrainer) -> list[Trip | None]:
 def test_the_rate_rises_and_falls_to_a_tenth_at_every_measurement_without_progress() -> None:
     schedule = plateau(warmup=2)
     assert rates(schedule, 3) == pytest.approx([0.0, 0.5, 1.0])
-    schedule.measured(2.0)
-    schedule.measured(1.5)
+    schedule.measured([2.0, 1.5])
     assert rates(schedule, 2) == pytest.approx([1.0, 1.0])
-    schedule.measured(1.5)
+    schedule.measured([2.0, 1.5, 1.5])
     assert rates(schedule, 2)[1] == pytest.approx(0.1)
-    schedule.measured(1.6)
+    schedule.measured([2.0, 1.5, 1.5, 1.6])
     assert rates(schedule, 2)[1] == pytest.approx(0.01)
-    schedule.measured(1.4)
+    schedule.measured([2.0, 1.5, 1.5, 1.6, 1.4])
     assert rates(schedule, 2) == pytest.approx([0.01, 0.01])
 
 
@@ -410,8 +409,7 @@ def test_the_plateaus_schedule_goes_on_from_its_state(tmp_path: Path) -> None:
     """As transformers keeps it: through torch.save and back, without unpickling anything else."""
     first = plateau(warmup=2)
     rates(first, 4)
-    first.measured(1.0)
-    first.measured(1.0)
+    first.measured([1.0, 1.0])
     rates(first, 1)
     torch.save([first.state_dict(), first.optimizer.state_dict()], tmp_path / "state.pt")
     resumed = plateau(warmup=2)
@@ -419,7 +417,7 @@ def test_the_plateaus_schedule_goes_on_from_its_state(tmp_path: Path) -> None:
     resumed.optimizer.load_state_dict(optimizer)
     resumed.load_state_dict(schedule)
     for each in (first, resumed):
-        each.measured(1.0)  # no lower than the lowest before
+        each.measured([1.0, 1.0, 1.0])  # no lower than the lowest before
     expected = rates(first, 3)
     assert rates(resumed, 3) == expected and expected[-1] == pytest.approx(0.01)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import curves, heldout, statistics, training, watch
+from pipeline import curves, heldout, statistics, watch
 from pipeline.checkpoints import NEEDED, SEAL, newest_sealed
 from pipeline.errors import Interrupted, UserError
 from pipeline.model import Base
@@ -79,7 +79,7 @@ def test_run_stopped_by_sigterm_and_resumed_equals_uninterrupted(
     out, errors = run.communicate(timeout=DEADLINE)
     assert run.returncode == 130 and out == ""
     assert errors.splitlines()[-1].startswith("error: interrupted by SIGTERM after step ")
-    assert errors.splitlines()[-1].endswith("/10; RESUME=1 goes on from there")
+    assert errors.splitlines()[-1].endswith("/10; RESUME=1 (--resume) goes on from there")
     assert next(records(workspace))[1].status == "cancelled"
 
     resumed = run_stage(Sft, job(resume=True))
@@ -328,7 +328,7 @@ def test_a_run_cut_off_after_its_last_step_is_validated_once_when_it_goes_on(
         def full(*_: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        patch.setattr(training, "keep_adapter", full)
+        patch.setattr("pipeline.adapter.keep", full)
         with pytest.raises(OSError, match="No space left"):
             run(job)
     resumed = run_stage(Sft, job(resume=True))
