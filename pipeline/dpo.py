@@ -19,7 +19,7 @@ from pipeline import conflicts, heldout, imports, preflight, statistics
 from pipeline.chat import Chat, Encoded
 from pipeline.data.rows import PreferencePair
 from pipeline.fit import Lengths
-from pipeline.model import Base, check_trained_on, find_base
+from pipeline.model import Base, check_trained_on, find_base, say_other_quantization
 from pipeline.plan import orders
 from pipeline.preflight import Prediction
 from pipeline.progress import say
@@ -62,6 +62,8 @@ class Dpo:
         train, held_out = ([chat.pair(pair) for pair in part] for part in (rows.train, rows.held_out))
         needs = preflight.predict(job, cls.name, Lengths.of(train, held_out, epoch))
         base = replace(base, quantization=needs.setup.quantization)
+        if source:
+            say_other_quantization(source, base)
         return cls(job, base, chat, rows, needs, source, [source.input] if source else [])
 
     def plan(self) -> list[tuple[str, str]]:

@@ -60,10 +60,10 @@ class Merge:
 
     @property
     def trained_over(self) -> str:
-        """The base's quantization in training: what its preflight chose, else what the profile said."""
+        """The base's quantization in training: `auto` is what was chosen."""
         facts = self.source.facts
-        chosen = facts.results.get("training", {}).get("predicted", {}).get("quantization")
-        return str(chosen or facts.configuration.get("quantization", "none"))
+        known = facts.results.get("training", {}).get("quantization")
+        return str(known or facts.configuration.get("quantization", "none"))
 
     def plan(self) -> list[tuple[str, str]]:
         return [

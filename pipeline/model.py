@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.chat import Chat, Contract
 from pipeline.errors import UserError
 from pipeline.profile import Profile
+from pipeline.progress import say
 from pipeline.quiet import no_weight_bars
 from pipeline.records.find import sha256
 from pipeline.stage import Source
@@ -133,6 +134,15 @@ def check_trained_on(base: Base, chat: Chat, workspace: Workspace, source: Sourc
             "was trained on other weights than this base's",
             where=workspace.shown(source.file.path),
             remedy="training again on this base",
+        )
+
+
+def say_other_quantization(source: Source, base: Base) -> None:
+    """An adapter that goes on over another quantisation of its base than it was trained over goes on from another model."""
+    before = source.facts.results.get("training", {}).get("quantization", base.quantization)
+    if before != base.quantization:
+        say(
+            f"note: the adapter of {source.file.id} was trained over quantization {before}, here it is {base.quantization}"
         )
 
 

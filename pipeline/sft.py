@@ -16,7 +16,7 @@ from pipeline.chat import Chat, Encoded
 from pipeline.data.rows import Conversation
 from pipeline.data.split import shuffle_answers
 from pipeline.fit import Lengths
-from pipeline.model import Base, check_trained_on, find_base
+from pipeline.model import Base, check_trained_on, find_base, say_other_quantization
 from pipeline.plan import difficulty_rank, orders
 from pipeline.preflight import Prediction
 from pipeline.progress import say
@@ -55,6 +55,8 @@ class Sft:
         train, held_out = ([chat.conversation(row.messages) for row in part] for part in (rows.train, rows.held_out))
         needs = preflight.predict(job, cls.name, Lengths.of(train, held_out, epoch))
         base = replace(base, quantization=needs.setup.quantization)
+        if source:
+            say_other_quantization(source, base)
         return cls(job, base, chat, rows, needs, source, [source.input] if source else [])
 
     def plan(self) -> list[tuple[str, str]]:

@@ -16,7 +16,6 @@ It only reads: no figure changes what a step computes.
 import math
 import resource
 import time
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch
 from transformers import TrainerCallback
 
 from pipeline.telemetry import GpuSampler
-from pipeline.trainer import Step, StepTrainer, layer_of
+from pipeline.trainer import Step, StepTrainer
 
 NOTHING: Mapping[str, float] = {"tokens": 0, "seconds": 0.0}  # trained so far
 
@@ -38,7 +37,7 @@ class StepFigures(TrainerCallback):
         self.totals: dict[str, float] = {key: before[key] for key in NOTHING if key in before}
         self.figures: dict[str, Any] = {}
         self.learning_rate = 0.0
-        self._before: dict[str, torch.Tensor] = {}
+        self._before: dict[str, list[torch.Tensor]] = {}
         self._moved: dict[str, Any] = {}
         self._sampler = GpuSampler(before.get("energy_kwh", 0.0))
 
@@ -49,16 +48,17 @@ class StepFigures(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, lr_scheduler: Any = None, **_: Any
     ) -> None:
         self.learning_rate = float(lr_scheduler.get_last_lr()[0])
-        self._before = {name: parameter.detach().float().clone() for name, parameter in _trained(model)}
+        self._before = {
+            layer: [parameter.detach().float().clone() for parameter in trained]
+            for layer, trained in self.trainer.trained.items()
+        }
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        change, size = (defaultdict[str, list[torch.Tensor]](list) for _ in range(2))
-        for name, parameter in _trained(model):
-            before = self._before.pop(name)
-            change[layer_of(name)].append(parameter.detach().float() - before)
-            size[layer_of(name)].append(before)
-        changes = {layer: _norm(change[layer]) for layer in change}
-        sizes = {layer: _norm(size[layer]) for layer in size}
+        changes, sizes = {}, {}
+        for layer, trained in self.trainer.trained.items():
+            before = self._before.pop(layer)
+            sizes[layer] = _norm(before)
+            changes[layer] = _norm([p.detach().float() - b for p, b in zip(trained, before, strict=True)])
         self._moved = {
             "update_norm": short(math.hypot(*changes.values()) / (math.hypot(*sizes.values()) or 1.0)),
             "update_norm_by_layer": {layer: short(changes[layer] / (sizes[layer] or 1.0)) for layer in changes},
@@ -83,10 +83,6 @@ class StepFigures(TrainerCallback):
             **self._moved,
             "grad_norm_by_layer": {layer: short(norm) for layer, norm in step.grad_norm_by_layer.items()},
         }
-
-
-def _trained(model: Any) -> list[tuple[str, torch.Tensor]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def _norm(tensors: list[torch.Tensor]) -> float:

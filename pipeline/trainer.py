@@ -103,6 +103,7 @@ class StepTrainer(Trainer):
         self.rows, self.steps, self.step_loss, self.execution = rows, steps, step_loss, execution
         self.plateau, self.ranks = plateau, ranks or Ranks()
         self.ranks.copy_first(self.model.parameters())
+        self.trained = trained_by_layer(self.model)
         self.look: Callable[[Step], Trip | None] = lambda step: None
         self.step = Step([])
         self._pass: Pass | None = None
@@ -124,7 +125,8 @@ class StepTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: list[int], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward over a step's rows. Its gradients are dropped when a guard trips and the policy is to go on."""
-        model.train()
+        if not model.training:
+            model.train()
         rows = [self.rows[i] for i in inputs]
         self.step = Step(inputs, supervised=sum(map(supervised, rows)), started=time.perf_counter())
         noise = torch.get_rng_state(), torch.cuda.get_rng_state_all() if self.args.device.type == "cuda" else []
@@ -133,7 +135,7 @@ class StepTrainer(Trainer):
             if noise[1]:
                 torch.cuda.set_rng_state_all(noise[1])
         self.step.loss = loss.item()
-        self._note_gradients(model)
+        self._note_gradients()
         self.step.trip = None if self._overflown() else self.look(self.step)
         if self.step.trip:
             self._leave_out(model)
@@ -193,14 +195,11 @@ class StepTrainer(Trainer):
         how.out_of_memory.append({"step": step, "pass_tokens": how.pass_tokens})
         say(f"\nout of memory at step {step}: taken again with {how.pass_tokens} tokens a pass in place of {before}")
 
-    def _note_gradients(self, model: Any) -> None:
-        gradients: dict[str, list[torch.Tensor]] = defaultdict(list)
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                gradients[layer_of(name)].append(parameter.grad)
+    def _note_gradients(self) -> None:
+        found = {layer: [p.grad for p in trained if p.grad is not None] for layer, trained in self.trained.items()}
         scaler = self.accelerator.scaler
         scale = scaler.get_scale() if scaler else 1.0
-        norms = {layer: torch.nn.utils.get_total_norm(found).item() / scale for layer, found in gradients.items()}
+        norms = {layer: torch.nn.utils.get_total_norm(some).item() / scale for layer, some in found.items() if some}
         self.step.grad_norm_by_layer = norms
         self.step.grad_norm = math.hypot(*norms.values())
 
@@ -260,7 +259,11 @@ def mean_figures(shares: Sequence[Share]) -> dict[str, float]:
     return {name: sum(share.rows / rows * share.figures[name] for share in taken) for name in names}
 
 
-def layer_of(parameter: str) -> str:
-    """`layers.7`, or `other` for what stands outside the layers."""
-    found = LAYER.search(parameter)
-    return found[1] if found else "other"
+def trained_by_layer(model: Any) -> dict[str, list[torch.nn.Parameter]]:
+    """The parameters that are trained, of `layers.7` and so on, and of `other` what stands outside the layers."""
+    found: dict[str, list[torch.nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            layer = LAYER.search(name)
+            found[layer[1] if layer else "other"].append(parameter)
+    return found

@@ -153,7 +153,9 @@ def train(
             after = watch.validate(trainer.model, trainer.state)
         finally:
             log = items.read(record.folder / LOG)
-            record.facts.results["training"] = _told(trainer, log, watch.enough()) | {"predicted": needs.facts()}
+            record.facts.results["training"] = _told(trainer, log, needs.setup.quantization, watch.enough()) | {
+                "predicted": needs.facts()
+            }
             if config.domain_sampling:
                 met = Counter(domains[row] for step in trainer.steps[: trainer.state.global_step] for row in step)
                 record.facts.results["training"]["rows_met"] = dict(sorted(met.items()))
@@ -254,7 +256,7 @@ def execution(
     return how
 
 
-def _told(trainer: StepTrainer, log: list[dict[str, Any]], stopped_early: bool) -> dict[str, Any]:
+def _told(trainer: StepTrainer, log: list[dict[str, Any]], quantization: str, stopped_early: bool) -> dict[str, Any]:
     """How the run went, for its record; of however much was trained."""
     how = trainer.execution
     told: dict[str, Any] = {"steps": trainer.state.global_step}
@@ -264,6 +266,7 @@ def _told(trainer: StepTrainer, log: list[dict[str, Any]], stopped_early: bool) 
     finite = [validation for validation in validations if math.isfinite(validation["eval_loss"])]
     if finite:
         told |= {"best": min(finite, key=lambda v: v["eval_loss"]), "latest": validations[-1]}
+    told |= {"quantization": quantization, "gradient_checkpointing": how.checkpointing}
     told |= {"packed": how.packed, "pass_tokens": how.pass_tokens}
     if trainer.ranks.size > 1:
         told["ranks"] = trainer.ranks.size

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline import preflight
 from pipeline.chat import CONTRACT_FILE
 from pipeline.errors import StageFailed, UserError
 from pipeline.lora import Update
@@ -152,7 +153,7 @@ def planted(trained: Any, adapter: Path, quantization: str = "none") -> None:
         shutil.copyfile(adapter / name, trained.output("dpo") / name)
     facts = trained.record("dpo").facts()
     facts.artifacts = artifacts(trained.workspace, trained.output("dpo"))
-    facts.results["training"]["predicted"] = {"quantization": quantization}
+    facts.results["training"]["quantization"] = quantization
     trained.record("dpo").write(facts)
 
 
@@ -218,3 +219,23 @@ def test_an_adapter_trained_with_another_template_is_refused(trained_copy: Any, 
     with pytest.raises(UserError, match="another chat template than the base has now"):
         run_stage(Merge, trained_copy.job(f"base_model={other}"))
     assert len(list(trained_copy.workspace.experiments.glob("EXP-*.yaml"))) == 3  # no record was opened
+
+
+def test_an_adapter_that_auto_trained_over_4_bits_is_said_to_have_been(
+    small_talk: Workspace,
+    job: Callable[..., Job],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    honest = preflight.choose
+    monkeypatch.setattr(
+        preflight, "choose", lambda task: replace(honest(task), quantization="nf4")
+    )  # as with little memory
+    trained = run_stage(Sft, job("quantization=auto", "sft_config.epochs=1.0", "sft_config.warmup_ratio=0.0"))
+    assert trained.facts.configuration["quantization"] == "auto"
+    assert trained.facts.results["training"]["quantization"] == "nf4"
+    assert Merge.prepare(job("quantization=auto")).trained_over == "nf4"
+    monkeypatch.undo()
+    Sft.prepare(job(source=trained.id))
+    said = f"note: the adapter of {trained.id} was trained over quantization nf4, here it is none"
+    assert said in capsys.readouterr().err

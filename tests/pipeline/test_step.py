@@ -18,7 +18,7 @@ from pipeline.head import bare
 from pipeline.objective import SupervisedLoss
 from pipeline.passes import supervised
 from pipeline.step import NOTHING, StepFigures
-from pipeline.trainer import Execution, Step, StepTrainer
+from pipeline.trainer import Execution, Step, StepTrainer, trained_by_layer
 
 ARGUMENTS = SimpleNamespace(device=torch.device("cpu"))
 SCHEDULE = SimpleNamespace(get_last_lr=lambda: [0.25])
@@ -39,6 +39,7 @@ class Model(torch.nn.Module):
 
 def take_step(figures: StepFigures, model: Model, gradients: list[float], step: Step | None = None) -> dict[str, Any]:
     """One optimiser step with the calls that transformers' Trainer makes. `step`: what was learnt from."""
+    figures.trainer.trained = trained_by_layer(model)
     figures.trainer.step = step or Step([0], supervised=5, tokens=9, passes=1)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter, value in zip(trained, gradients, strict=True):
@@ -51,7 +52,7 @@ def take_step(figures: StepFigures, model: Model, gradients: list[float], step: 
 
 
 def new(before: dict[str, Any] | None = None) -> StepFigures:
-    trainer: Any = SimpleNamespace(step=Step([]))
+    trainer: Any = SimpleNamespace(step=Step([]), trained={})
     return StepFigures(trainer, NOTHING if before is None else before)
 
 

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -416,6 +417,9 @@ def test_nothing_of_it_draws_from_the_generators_that_training_draws_from(record
     def states() -> tuple[Any, ...]:
         return random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index]
 
+    for thread in threading.enumerate():
+        if thread.name.startswith("telemetry "):  # of the test with a server that never answers: its retries draw
+            thread.join(60)
     before = states()
     train(record, config.Telemetry(mlflow=MLFLOW.mlflow, wandb="trials"), [step(1), validation(1)])
     assert states() == before

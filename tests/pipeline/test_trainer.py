@@ -22,7 +22,7 @@ from pipeline.guards import Trip
 from pipeline.head import bare
 from pipeline.objective import PreferenceLoss, SupervisedLoss
 from pipeline.passes import Pass, Row, lay, supervised
-from pipeline.trainer import Execution, Step, StepTrainer, WarmupThenPlateau, layer_of
+from pipeline.trainer import Execution, Step, StepTrainer, WarmupThenPlateau, trained_by_layer
 
 EXACT = 1e-10
 SOURCE = random.Random(0)
@@ -169,9 +169,11 @@ def test_gradient_norms_are_those_before_clipping_by_layer(make: Make) -> None:
     assert step.grad_norm_by_layer["layers.0"] == pytest.approx(expected)
 
 
-def test_parameters_outside_the_layers_are_other() -> None:
-    assert layer_of("base_model.model.model.layers.7.mlp.up_proj.lora_A.default.weight") == "layers.7"
-    assert layer_of("base_model.model.lm_head.lora_A.default.weight") == "other"
+def test_trained_parameters_stand_under_their_layer_and_others_under_other(make: Make) -> None:
+    of = make()
+    found = trained_by_layer(torch.nn.ModuleDict({"lm_head": torch.nn.Linear(2, 2), "model": of.model}))
+    assert list(found) == ["other", "layers.0", "layers.1"]
+    assert sum(map(len, found.values())) == 2 + len(trainable(of.model)) and len(found["other"]) == 2
 
 
 # Out of memory
