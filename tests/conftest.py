@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -166,6 +167,11 @@ def trained_copy(trained: Trained, tmp_path: Path) -> Trained:
     return copy
 
 
+def _heed_ctrl_c() -> None:
+    """What a shell starts in the background ignores it, and so do its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture
 def command(workspace: Workspace) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
     """`command("sft", "--profile", "small")`: the command as a person starts it, in this test's workspace."""
@@ -179,6 +185,7 @@ def command(workspace: Workspace) -> Iterator[Callable[..., "subprocess.Popen[st
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=_heed_ctrl_c,
         )
         started.append(process)
         return process

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from pipeline.workspace import Workspace
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -20,24 +18,12 @@ finally:
 """
 
 
-@pytest.mark.parametrize(("quantization", "imported"), [("none", []), ("nf4", ["bitsandbytes"])])
-def test_a_training_imports_what_it_uses_and_no_more(
-    workspace: Workspace, quantization: str, imported: list[str]
-) -> None:
-    words = [
-        "sft",
-        "--profile",
-        "small",
-        "--set",
-        f"quantization={quantization}",
-        "--set",
-        "sft_config.epochs=0.1",
-        "--set",
-        "sft_config.warmup_ratio=0.0",
-    ]
+def test_a_training_imports_what_it_uses_and_no_more(workspace: Workspace) -> None:
+    settings = ("sft_config.epochs=0.1", "sft_config.warmup_ratio=0.0")
+    words = ["sft", "--profile", "small", *(word for setting in settings for word in ("--set", setting))]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *words],
         cwd=CHECKOUT, capture_output=True, text=True, env=os.environ | {"ALETHEIA_ROOT": str(workspace.root)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[-1].split() == imported
+    assert done.stderr.splitlines()[-1].split() == []
