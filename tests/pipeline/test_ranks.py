@@ -200,8 +200,7 @@ def not_a_number(step: list[int]) -> SupervisedLoss:
 # They learn what one learns
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("pairs", [False, True], ids=["sft", "dpo"])
+@pytest.mark.parametrize(("pairs", "packed"), [(False, True), (True, False)], ids=["sft packed", "dpo padded"])
 def test_two_ranks_learn_what_one_process_learns(pairs: bool, packed: bool, both: Both, tmp_path: Path) -> None:
     alone = train(Ranks(), tmp_path, pairs=pairs, packed=packed)
     one, other = both(train, folder=tmp_path, pairs=pairs, packed=packed)
