@@ -74,7 +74,7 @@ def best_at(folder: Path, step: int) -> Path:
 
 def forget(folder: Path) -> None:
     """All that only a resume needs."""
-    for left in (*_checkpoints(folder), *folder.glob(f"{BEST}-*")):  # of these also one that was half written
+    for left in (*_checkpoints(folder), *_numbered(folder, BEST), *folder.glob(f"{BEST}-*.partial")):
         shutil.rmtree(left)
 
 

@@ -13,10 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SHORTHANDS = ("benchmarks", "training", "metrics")  # blocks whose names may be left out of a path
-FORECASTS = (
-    "predicted",
-    "predicted_and_actual",
-)  # blocks that say what was expected: found when asked for, never listed
+FORECASTS = ("predicted", "predicted_and_actual")  # what was expected: found when asked for, never listed
 
 LOWER_BENCHMARKS = {  # metrics in lm-eval's words
     "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "loss", "brier_score", "mse", "rmse", "mae",

@@ -233,6 +233,7 @@ def test_a_run_cut_off_in_the_closing_of_its_record_still_has_its_checkpoint(
 
 HOSTILE: dict[str, Callable[[Path], Any]] = {
     "a copy that a person made": lambda folder: (folder / "checkpoint-99-backup").mkdir(),
+    "a best adapter that a person copied": lambda folder: (folder / "adapter-best-mine").mkdir(),
     "a file of such a name": lambda folder: (folder / "checkpoint-99").write_text("notes"),
     "a seal that is no table": lambda folder: (checkpoint(folder, 99) / checkpoints.SEAL).write_text("[]"),
     "a seal over nothing": lambda folder: (checkpoint(folder, 99) / checkpoints.SEAL).write_text("{}"),
@@ -251,6 +252,6 @@ def test_what_is_no_whole_checkpoint_is_none_and_what_a_person_put_there_stays(t
     whole = checkpoint(tmp_path, 4)
     HOSTILE[what](tmp_path)
     assert checkpoints.newest_sealed(tmp_path) == whole
-    left = {path.name for path in tmp_path.iterdir()} & {"checkpoint-99-backup"}
+    left = {path.name for path in tmp_path.iterdir()} & {"checkpoint-99-backup", "adapter-best-mine"}
     checkpoints.forget(tmp_path)
     assert not whole.exists() and left <= {path.name for path in tmp_path.iterdir()}
