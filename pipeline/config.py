@@ -180,13 +180,51 @@ class MergeConfig(Section):
     check_logits: bool = Field(
         True, description="compare logits with base + adapter, where the model fits in memory twice"
     )
+    arithmetic: Literal["float32", "peft"] = Field(
+        "float32", description="float32: summed in float32, rounded once; peft: bit for bit what merge_and_unload gives"
+    )
+    adapters: list[str] = Field(
+        [],
+        description="further adapters added in the same pass: EXP-… of a training, or folders; each at its own scale",
+    )
+
+
+class ExportConfig(Section):
+    formats: list[Literal["f16", "q8_0", "q4_k_m"]] = Field(
+        ["f16", "q8_0", "q4_k_m"], description="GGUF files written; each with its size and loss of quality"
+    )
+    rows: Positive = Field(64, description="held-out rows on which the loss of quality is measured")
 
 
 class ServeConfig(Section):
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 opens it to the network")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port; 0 takes a free one")
+    backend: Literal["auto", "vllm", "transformers", "llamacpp"] = Field(
+        "auto",
+        description="auto: vllm where its environment and a GPU are, else transformers; the server says which, why",
+    )
     max_concurrent: Positive = Field(16, description="requests generated at once; more wait their turn")
+    max_waiting: Annotated[int, Field(ge=0)] = Field(
+        64, description="requests that may wait; more get 429, Retry-After"
+    )
     max_tokens: Positive = Field(512, description="tokens generated for a request that does not say")
+    max_body_mb: Annotated[float, Field(gt=0)] = Field(4.0, description="MB of a request's body; more is refused, 413")
+    request_timeout: Annotated[float, Field(gt=0)] = Field(
+        600.0, description="seconds a request may take, waiting included; more ends it, 504"
+    )
+    drain_timeout: Annotated[float, Field(ge=0)] = Field(
+        30.0, description="seconds that running requests have to end after SIGTERM"
+    )
+    kv_cache_gb: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="memory of the KV cache; null: what max_concurrent needs, a quarter of the free memory at most",
+    )
+    threads: Positive | None = Field(None, description="compute threads on a CPU; null: one a physical core")
+    context: Positive | None = Field(None, description="tokens, prompt and answer together; null: the model's own")
+    adapters: list[str] = Field([], description="vllm: adapters (EXP-…) served unmerged beside the model, by their ids")
+    tensor_parallel: Positive = Field(1, description="vllm: GPUs that share each layer")
+    pipeline_parallel: Positive = Field(1, description="vllm: groups of GPUs or nodes that take the layers in turn")
+    vllm_args: list[str] = Field([], description="vllm: further words of its command, such as --max-num-seqs=64")
 
 
 class EvalConfig(Section):
@@ -241,6 +279,7 @@ class Profile(Section):
     dpo_config: DpoConfig = Field(DpoConfig(), description="direct preference optimisation")
 
     merge_config: MergeConfig = Field(MergeConfig(), description="adapter into base")
+    export_config: ExportConfig = Field(ExportConfig(), description="files for llama.cpp")
     serve_config: ServeConfig = Field(ServeConfig(), description="the endpoint")
     eval_config: EvalConfig = Field(EvalConfig(), description="evaluation")
     telemetry: Telemetry = Field(Telemetry(), description="where a training's steps are shown as they happen")

@@ -52,7 +52,7 @@ class Serve:
         import uvicorn
 
         from serving.app import Usage, build_app
-        from serving.engine import Engine
+        from serving.transformers_engine import TransformersEngine
 
         config = self.job.config.serve_config
         began = time.monotonic()
@@ -62,7 +62,10 @@ class Serve:
         context = int(model.config.max_position_embeddings)
         usage = Usage()
         app = build_app(
-            Engine(model, self.chat, context, config.max_concurrent), self.model_name, config.max_tokens, usage
+            TransformersEngine(model, self.chat, context, config.max_concurrent),
+            self.model_name,
+            config.max_tokens,
+            usage,
         )
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30))
         host, port = self.listener.getsockname()[:2]

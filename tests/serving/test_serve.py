@@ -15,8 +15,8 @@ from pipeline.model import Base, load_model
 from pipeline.records.find import artifacts
 from pipeline.stage import Job, run_stage
 from serving.app import Usage, build_app
-from serving.engine import Engine
 from serving.serve import Serve, load_source, model_name, servable
+from serving.transformers_engine import TransformersEngine
 
 if TYPE_CHECKING:
     from tests.conftest import Said, Trained
@@ -110,7 +110,7 @@ def test_an_address_that_is_not_this_machines_is_one_line(trained: "Trained", ho
 def answer_of(job: Job, question: str) -> tuple[str, str]:
     """The name and the greedy answer of the model that the job would serve."""
     source, base, chat = servable(job)
-    app = build_app(Engine(load_source(source, base), chat, 2048, 2), model_name(job, source), 512, Usage())
+    app = build_app(TransformersEngine(load_source(source, base), chat, 2048, 2), model_name(job, source), 512, Usage())
     body = {"messages": [{"role": "user", "content": question}], "max_tokens": 24, "temperature": 0}
     with TestClient(app) as client:
         answer = client.post("/v1/chat/completions", json=body | {"model": model_name(job, source)}).json()

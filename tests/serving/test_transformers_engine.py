@@ -9,7 +9,8 @@ import pytest
 
 from pipeline.chat import Chat
 from pipeline.data.rows import Message
-from serving.engine import PAGE, Engine, Sampling, generate_all
+from serving.engine import Sampling
+from serving.transformers_engine import PAGE, TransformersEngine, generate_all
 
 if TYPE_CHECKING:
     from tests.conftest import Trained
@@ -30,8 +31,8 @@ def model(folder: Path) -> Any:
 
 
 @pytest.fixture
-def engine(model: Any, tuned_chat: Chat) -> Iterator[Engine]:
-    engine = Engine(model, tuned_chat, MERGED_CONTEXT, max_concurrent=16)
+def engine(model: Any, tuned_chat: Chat) -> Iterator[TransformersEngine]:
+    engine = TransformersEngine(model, tuned_chat, MERGED_CONTEXT, max_concurrent=16)
     engine.start()
     yield engine
     engine.stop()
@@ -64,7 +65,7 @@ def test_the_same_seed_draws_the_same_answers(model: Any, tuned_chat: Chat) -> N
     assert first != other
 
 
-async def first_tokens(engine: Engine, prompt: list[int], sampling: Sampling, count: int) -> list[int]:
+async def first_tokens(engine: TransformersEngine, prompt: list[int], sampling: Sampling, count: int) -> list[int]:
     async def one() -> int:
         answers = [answer async for answer in engine.generate(prompt, sampling)]
         return answers[-1].tokens[0] if answers[-1].tokens else engine.chat.end_of_turn_id
@@ -72,7 +73,9 @@ async def first_tokens(engine: Engine, prompt: list[int], sampling: Sampling, co
     return list(await asyncio.gather(*(one() for _ in range(count))))
 
 
-def test_temperature_and_top_p_draw_from_what_they_name(engine: Engine, model: Any, tuned_chat: Chat) -> None:
+def test_temperature_and_top_p_draw_from_what_they_name(
+    engine: TransformersEngine, model: Any, tuned_chat: Chat
+) -> None:
     """400 first tokens against softmax(logits / temperature): the 50 likeliest are not the only ones drawn."""
     import torch
 
@@ -93,7 +96,7 @@ def test_temperature_and_top_p_draw_from_what_they_name(engine: Engine, model: A
     assert set(asyncio.run(first_tokens(engine, prompt, Sampling(1, 0.0), 8))) == {likeliest[0]}
 
 
-def test_an_answer_grows_and_only_its_last_part_is_finished(engine: Engine, tuned_chat: Chat) -> None:
+def test_an_answer_grows_and_only_its_last_part_is_finished(engine: TransformersEngine, tuned_chat: Chat) -> None:
     async def grow() -> list[Any]:
         return [answer async for answer in engine.generate(prompts(tuned_chat, 1)[0], Sampling(6, 0.0))]
 
@@ -104,7 +107,7 @@ def test_an_answer_grows_and_only_its_last_part_is_finished(engine: Engine, tune
     assert len(answers[-1].tokens) == 6
 
 
-async def outcome(engine: Engine) -> list[int] | str:
+async def outcome(engine: TransformersEngine) -> list[int] | str:
     """The tokens of one answer, or what went wrong; never waits for ever."""
     try:
         return await asyncio.wait_for(first_tokens(engine, [1, 2, 3], Sampling(4, 0.0), 1), timeout=60)
@@ -113,7 +116,7 @@ async def outcome(engine: Engine) -> list[int] | str:
 
 
 def test_a_stopped_engine_refuses_instead_of_keeping_one_waiting(model: Any, tuned_chat: Chat) -> None:
-    engine = Engine(model, tuned_chat, MERGED_CONTEXT, max_concurrent=1)
+    engine = TransformersEngine(model, tuned_chat, MERGED_CONTEXT, max_concurrent=1)
     engine.start()
     assert engine.alive
     engine.stop()
@@ -121,7 +124,7 @@ def test_a_stopped_engine_refuses_instead_of_keeping_one_waiting(model: Any, tun
     assert asyncio.run(outcome(engine)) == "the generation thread has ended"
 
 
-def test_a_model_that_breaks_fails_every_request_and_shows(engine: Engine, model: Any) -> None:
+def test_a_model_that_breaks_fails_every_request_and_shows(engine: TransformersEngine, model: Any) -> None:
     def breaks(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
