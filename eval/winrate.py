@@ -2,13 +2,14 @@
 
 The unit is the question: 1, ½ or 0. The interval is Student's t on these scores, the test the exact sign test on
 decisive questions. Before it runs it says the smallest difference that so many questions can show, and beside the
-judge it shows how the answers fare when the longer simply wins.
+judge it shows how the answers fare when the longer simply wins, and what would be left were both equally long.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from eval import judge
+from eval.length_control import length_controlled
 from pipeline import statistics
 from pipeline.data.rows import Question
 from pipeline.statistics import Figure
@@ -26,6 +27,7 @@ class WinRate:
     losses: int
     p_value: float
     longest_wins: Figure
+    at_equal_length: Figure | None
     agrees_with_longest: Figure | None
     scores: list[float]
 
@@ -36,11 +38,11 @@ class WinRate:
         if side == 0 or self.p_value >= 1 - statistics.CONFIDENCE:  # two wins of two give t an interval of no width
             return "no difference shown"
         word = "more wins" if side > 0 else "fewer wins"
-        return (
-            f"{word}, as by length alone: no quality shown"
-            if _side(self.longest_wins) == side
-            else f"{word} by this judge"
-        )
+        if _side(self.longest_wins) != side:
+            return f"{word} by this judge"
+        if self.at_equal_length and _side(self.at_equal_length) == side:
+            return f"{word} by this judge, at equal length too"
+        return f"{word}, as by length alone: no quality shown"
 
 
 def planned_precision(n: int) -> str:
@@ -67,6 +69,7 @@ def win_rate(questions: Sequence[Question], answers: Sequence[str], opponents: S
         losses=losses,
         p_value=statistics.sign_test(wins, losses),
         longest_wins=_rate(longest),
+        at_equal_length=length_controlled(scores, [len(a) - len(o) for a, o in zip(answers, opponents, strict=True)]),
         agrees_with_longest=agreement,
         scores=scores,
     )

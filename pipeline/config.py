@@ -227,6 +227,13 @@ class ServeConfig(Section):
     vllm_args: list[str] = Field([], description="vllm: further words of its command, such as --max-num-seqs=64")
 
 
+def _without_password(uri: str) -> str:
+    """The configuration stands in the record, and that is committed."""
+    if re.search(r"://[^/@]*:[^/@]*@", uri):
+        raise ValueError("holds a password; try the shell: MLFLOW_TRACKING_USERNAME and …_PASSWORD, ALETHEIA_API_KEY")
+    return uri
+
+
 class EvalConfig(Section):
     tasks: list[str] = Field(["aletheia_choices"], description="lm-eval-harness tasks; own ones in <eval>/tasks")
     limit: Positive | None = Field(None, description="items of each task; null: all")
@@ -235,16 +242,23 @@ class EvalConfig(Section):
     temperature: Annotated[float, Field(ge=0, le=2)] = Field(0.0, description="of the win-rate answers; 0 is greedy")
     seed: int = Field(42, description="of the win-rate answers, where they are drawn")
     batch_size: Positive = Field(8, description="rows in one forward pass")
-
-
-def _without_password(uri: str) -> str:
-    """The configuration stands in the record, and that is committed."""
-    if re.search(r"://[^/@]*:[^/@]*@", uri):
-        raise ValueError("holds a password; try MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the shell")
-    return uri
+    endpoint: Annotated[str, AfterValidator(_without_password)] | None = Field(
+        None, description="URL of a running server that answers for the model: win-rate, latency; null: none is asked"
+    )
+    latency_requests: Positive = Field(200, description="requests of each loop: 200 for a p95, 1,000 for a p99")
+    latency_tokens: Positive = Field(128, description="most tokens of an answer under load")
+    latency_concurrency: Positive = Field(8, description="closed loop: requests under way at once")
+    latency_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="open loop: requests a second, at random times; null: 0.7 × what the closed loop came to"
+    )
+    ttft_limit_ms: Annotated[float, Field(gt=0)] = Field(1000.0, description="goodput: ms to the first token, at most")
+    itl_limit_ms: Annotated[float, Field(gt=0)] = Field(
+        100.0, description="goodput: ms between tokens, at most, the mean of an answer"
+    )
 
 
 class Telemetry(Section):
+    curves: bool = Field(True, description="pictures of the steps in experiments/EXP-…: two seconds at a training's end")
     tensorboard: bool = Field(True, description="event files in experiments/EXP-…/tensorboard")
     mlflow: Annotated[str, AfterValidator(_without_password)] | None = Field(
         None, description="tracking URI, such as sqlite:///experiments/mlflow.db, from the root; null: not sent"

@@ -33,6 +33,7 @@ def check_rows(profile: "Profile", section: str, rows: "TrainingRows[Any]") -> N
         return  # is said where it is said why
     config = getattr(profile.config, section)
     _raise_first(profile, section, _unknown_domains(config, rows.domains))
+    _raise_first(profile, section, _weights_that_cancel(config, rows.domains))
     _raise_first(profile, section, _unmeasured(config, bool(rows.held_out), rows_an_epoch(config, rows.domains)))
     if getattr(config, "curriculum", False) and len(set(difficulty_rank([row.difficulty for row in rows.train]))) == 1:
         why = "all rows to train are of one difficulty"
@@ -88,6 +89,15 @@ def _unknown_domains(config: SftConfig | DpoConfig, domains: list[str]) -> Itera
     for key in ("domain_weights", "domain_sampling"):
         for name in sorted(set(getattr(config, key)) - set(domains)):
             yield f"{key}.{name}", "no row to train has this domain", f"one of: {', '.join(sorted(set(domains)))}"
+
+
+def _weights_that_cancel(config: SftConfig | DpoConfig, domains: list[str]) -> Iterator[Conflict]:
+    """A step's loss is divided by the weights of its rows, so they act only between rows of one step."""
+    weights = config.domain_weights
+    if weights and config.batch_size * config.gradient_accumulation == 1:
+        yield "domain_weights", "a weight cancels out where a step has one row", "gradient_accumulation, or {}"
+    elif weights and len({weights.get(domain, 1.0) for domain in domains}) == 1:
+        yield "domain_weights", "all rows to train have one and the same weight", "another weight, or {}"
 
 
 def _raise_first(profile: "Profile", section: str, conflicts: Iterator[Conflict]) -> None:

@@ -95,6 +95,15 @@ def _difference_of_shares(deltas: Sequence[float]) -> Figure:
     return _rounded((gained - lost) / n, max(-1.0, centre - half), min(1.0, centre + half), n)
 
 
+def holm(p_values: dict[str, float]) -> dict[str, float]:
+    """Each p adjusted for that many tests: below α means found with at most α of any false one (Holm 1979)."""
+    ordered, adjusted, largest = sorted(p_values, key=p_values.__getitem__), {}, 0.0
+    for rank, name in enumerate(ordered):
+        largest = max(largest, min(1.0, (len(ordered) - rank) * p_values[name]))
+        adjusted[name] = largest
+    return adjusted
+
+
 def smallest_difference(n: int, deviation: float, power: float = 0.8) -> float:
     """The smallest mean difference that n rows can show: (z₁₋α/₂ + z_power)·σ/√n, two-sided α = 0.05."""
     from scipy import stats

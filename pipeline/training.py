@@ -159,7 +159,8 @@ def train(
             if config.domain_sampling:
                 met = Counter(domains[row] for step in trainer.steps[: trainer.state.global_step] for row in step)
                 record.facts.results["training"]["rows_met"] = dict(sorted(met.items()))
-            _draw(record, log)
+            if job.config.telemetry.curves:
+                _draw(record, log)
     steps = [line for line in log if "loss" in line]
     if not any(line.get("learning_rate") for line in steps):
         raise StageFailed(

@@ -34,6 +34,7 @@ training_data:
 sft_config: {learning_rate: 2e-3, batch_size: 2, gradient_accumulation: 1, epochs: 2.0, max_length: 2048, save_steps: 4}
 dpo_config: {learning_rate: 2e-4, batch_size: 2, gradient_accumulation: 1, epochs: 1.0, max_length: 2048, save_steps: 4}
 eval_config: {max_tokens: 24}
+telemetry: {curves: false, tensorboard: false}  # two seconds a training
 """
 
 

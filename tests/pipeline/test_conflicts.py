@@ -122,6 +122,20 @@ def test_a_domain_that_no_row_has_is_refused_with_its_line(
     assert str(refused.value) == f"{what}; try one of: unknown"
 
 
+@pytest.mark.parametrize("section", STAGES)
+def test_weights_that_cancel_out_are_refused(job: Callable[..., Job], section: str) -> None:
+    """Between rows of one step they act, and nowhere else."""
+    weighted, one_row = f"{section}.domain_weights={{databases: 2.0}}", f"{section}.batch_size=1"
+    assert STAGES[section].prepare(job(weighted, source="base"))
+    with pytest.raises(UserError, match=rf"^--set: {section}\.domain_weights: .* where a step has one row; try grad"):
+        STAGES[section].prepare(job(weighted, one_row, source="base"))
+
+
+def test_a_weight_that_all_rows_have_is_refused(small_talk: Workspace, job: Callable[..., Job]) -> None:
+    with pytest.raises(UserError, match=r"domain_weights: all rows to train have one and the same weight"):
+        Sft.prepare(job("sft_config.domain_weights={unknown: 2.0}"))
+
+
 def test_a_curriculum_over_rows_that_are_all_alike_is_refused(small_talk: Workspace, job: Callable[..., Job]) -> None:
     with pytest.raises(UserError, match=r"^--set: sft_config\.curriculum: all rows to train are of one difficulty"):
         Sft.prepare(job("sft_config.curriculum=true"))

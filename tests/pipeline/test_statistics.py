@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.statistics import Change, Figure, as_record, mean, paired, proportion, sign_test, smallest_difference
+from pipeline.statistics import (
+    Change,
+    Figure,
+    as_record,
+    holm,
+    mean,
+    paired,
+    proportion,
+    sign_test,
+    smallest_difference,
+)
 
 # Student (1908), hours of sleep gained by ten patients with one drug and with another
 FIRST_DRUG = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
@@ -178,3 +188,16 @@ def test_record_holds_plain_values_and_leaves_out_an_interval_that_is_not_known(
 def test_a_difference_of_unknown_direction_is_neither_better_nor_worse() -> None:
     assert [change(v, v - 0.1, v + 0.1).verdict(None) for v in (0.5, -0.5)] == ["higher", "lower"]
     assert change(0.05, -0.1, 0.2).verdict(None) == "no difference shown"
+
+
+def test_holm_is_the_published_example() -> None:
+    """Holm 1979 by hand: 0.01·4, then 0.013·3 no less than that before it, 0.04·2, 0.2."""
+    found = holm({"c": 0.04, "a": 0.01, "d": 0.2, "b": 0.013})
+    assert found == pytest.approx({"a": 0.04, "b": 0.04, "c": 0.08, "d": 0.2})
+    assert holm({}) == {} and holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
+
+
+def test_one_of_ten_tasks_without_a_difference_is_called_one_in_at_most_6_of_100_runs() -> None:
+    rng = random.Random(5)
+    called = [min(holm({str(i): rng.random() for i in range(10)}).values()) < 0.05 for _ in range(2000)]
+    assert sum(called) / len(called) <= 0.06

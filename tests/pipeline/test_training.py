@@ -280,7 +280,7 @@ def test_a_stop_in_a_validation_ends_it_and_a_resume_makes_up_for_it(
     small_talk: Workspace, job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
     """Stopped after the first row, or after the last, when the measurement is whole; each has a pass of its own."""
-    settings = ("sft_config.epochs=2.0", "sft_config.pass_tokens=1")
+    settings = ("sft_config.epochs=2.0", "sft_config.pass_tokens=1", "telemetry.curves=true")
     whole = run(job, *settings)
     modes = list[bool]()
 
@@ -358,6 +358,6 @@ def test_curves_that_cannot_be_drawn_fail_nothing(
         raise ValueError("no such font")
 
     monkeypatch.setattr(curves, "draw", broken)
-    record = run(job, "sft_config.epochs=1.0")
+    record = run(job, "sft_config.epochs=1.0", "telemetry.curves=true")
     assert record.facts.status == "complete" and record.facts.visualizations == []
     assert "note: the curves could not be drawn (ValueError: no such font)" in capsys.readouterr().err
