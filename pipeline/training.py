@@ -4,6 +4,7 @@ Checkpoints are sealed once they are whole (`pipeline.watch`), so that a torn on
 for its record: `log.jsonl`, a line a step and a validation, and its curves (`pipeline.curves`).
 """
 
+import gc
 import json
 import math
 import shutil
@@ -147,6 +148,8 @@ def train(
                 _out_of_memory_told(),
                 suppress(Enough),
             ):
+                if job.own_process:
+                    gc.freeze()  # accelerate begins with a collection, which would walk through all that was imported
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             ranks.part()
             _stop_if_asked(record, trainer.state)

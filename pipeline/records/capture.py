@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +101,7 @@ def code(folder: Path) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Python, machine and libraries; whether they are the ones the lock file names."""
+    versions = installed()
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -109,7 +109,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": psutil.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "libraries": {name: _version(name) for name in LIBRARIES},
+        "libraries": {name: versions.get(name) for name in LIBRARIES},
         "lock": _lock(),
     }
     torch = sys.modules.get("torch")  # a stage that has no use for it does not pay for importing it
@@ -162,11 +162,26 @@ class Meter:
 def differing(lock: str) -> dict[str, str]:
     """The packages that are installed otherwise than a lock file's text says, and how."""
     pins = (line.split("==") for line in lock.splitlines() if "==" in line and not line.startswith("#"))
+    versions = installed()
+    there = {name: (versions.get(_normal(name)), pin.strip()) for name, pin in pins}
     return {
-        name: f"{_version(name)} installed, {pin.strip()} locked"
-        for name, pin in pins
-        if (_version(name) or "").split("+")[0] != pin.strip()
+        name: f"{version} installed, {pin} locked"
+        for name, (version, pin) in there.items()
+        if (version or "").split("+")[0] != pin
     }
+
+
+def installed() -> dict[str, str]:
+    """The version of every package on the path, from its folder's name, NAME-VERSION.dist-info (PEP 427).
+
+    `importlib.metadata` parses each one's whole description for it: half a second for those of the lock file.
+    """
+    found: dict[str, str] = {}
+    for place in sys.path:
+        for folder in Path(place).glob("*.dist-info"):
+            name, _, version = folder.stem.partition("-")
+            found.setdefault(_normal(name), version)  # what comes first on the path is what is imported
+    return found
 
 
 def _keep(patch: bytes, folder: Path) -> dict[str, Any]:
@@ -192,11 +207,8 @@ def _git(*arguments: str, ends_with: int = 0) -> bytes | None:
     return done.stdout if done.returncode == ends_with else None
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def _normal(package: str) -> str:
+    return re.sub(r"[-_.]+", "-", package).lower()
 
 
 def _lock() -> dict[str, Any]:

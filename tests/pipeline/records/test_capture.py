@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from pipeline.config import Cost
 from pipeline.records import capture
 from pipeline.records.capture import redact
 from pipeline.records.energy import WATTS_PER_BUSY_CORE
+from pipeline.workspace import LOCK_FILE
 
 KEY = "hf_" + "Ab1" * 8  # put together here, or this file's own patch would be redacted
 
@@ -232,16 +234,26 @@ def test_code_outside_git_says_why_there_is_no_commit(tmp_path: Path, monkeypatc
 
 
 def test_libraries_that_differ_from_the_lock_file_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    installed = capture.version("pydantic")
+    installed = version("pydantic")
     lock = tmp_path / "requirements.lock"
     lock.write_text(f"# made by hand\npydantic=={installed}\npyyaml==0.1\nno-such-package==1.0\n")
     monkeypatch.setattr(capture, "LOCK_FILE", lock)
     facts = capture.environment()["lock"]
     assert facts["sha256"] == capture.hashlib.sha256(lock.read_bytes()).hexdigest()
     assert facts["differing"] == {
-        "pyyaml": f"{capture.version('pyyaml')} installed, 0.1 locked",
+        "pyyaml": f"{version('pyyaml')} installed, 0.1 locked",
         "no-such-package": "None installed, 1.0 locked",
     }
+
+
+def test_versions_are_those_that_the_packages_themselves_tell() -> None:
+    pins = [
+        line.split("==")[0] for line in LOCK_FILE.read_text("utf-8").splitlines() if "==" in line and line[0] != "#"
+    ]
+    there = capture.installed()
+    assert len(pins) > 50
+    for name in pins:
+        assert there[capture._normal(name)] == version(name), name
 
 
 def test_the_cost_is_energy_times_price_and_says_how_it_was_measured() -> None:
