@@ -11,13 +11,15 @@ resume   = $(if $(filter-out 0,$(RESUME)),--resume)
 
 .NOTPARALLEL:
 .SILENT:
-.PHONY: help setup lock demo data sft dpo merge serve eval run report bench test lint
+.PHONY: help setup setup-vllm setup-llamacpp lock demo data sft dpo merge serve eval run report bench test lint
 
 help:
 	echo "make demo            the whole pipeline on the embedded tiny model, on a CPU"
 	echo "make test            the tests            make lint   formatter, linter, types"
 	echo "make data sft dpo merge PROFILE=…         the stages, in this order"
-	echo "make serve PROFILE=…                      an OpenAI-compatible endpoint on 127.0.0.1:8000"
+	echo "make serve PROFILE=… BACKEND=…            an OpenAI-compatible endpoint on 127.0.0.1:8000"
+	echo "make setup-vllm BUILD=…                   vLLM's own environment: cuda where there is a GPU, else cpu"
+	echo "make setup-llamacpp                       llama.cpp, for aletheia export gguf and BACKEND=llamacpp"
 	echo "make eval PROFILE=…                       held-out rows, benchmarks, win-rate against the base"
 	echo "make run EXP=EXP-…                        runs a planned record"
 	echo "make report                               one HTML page of all records"
@@ -27,6 +29,11 @@ help:
 setup: .venv/.installed
 .venv/.installed: requirements.lock pyproject.toml bootstrap.py
 	$(PYTHON) bootstrap.py
+
+setup-llamacpp: setup
+	.venv/bin/python -m serving.llamacpp_setup
+setup-vllm:
+	$(PYTHON) -m serving.vllm_setup $(if $(BUILD),--build "$(BUILD)")
 
 lock: # every package anew, from the names in pyproject.toml
 	$(PYTHON) bootstrap.py --lock
@@ -41,7 +48,7 @@ sft: setup
 dpo: setup
 	$(ALETHEIA) dpo $(profile) $(from) $(resume)
 merge: setup
-	$(ALETHEIA) merge $(profile) $(from)
+	$(ALETHEIA) merge $(profile) $(from) $(resume)
 serve: setup
 	$(ALETHEIA) serve $(profile) $(from) $(if $(BACKEND),--backend "$(BACKEND)")
 eval: setup

@@ -7,6 +7,7 @@ The stamp that says that all is installed is written last, so an interrupted run
 syntax, so that an old Python can say that it is too old.
 """
 
+# mypy: ignore-errors
 import hashlib
 import os
 import platform
@@ -44,14 +45,18 @@ def fail(what):
 
 
 def main():
-    if sys.version_info < (3, 11):
-        fail("needs Python 3.11 or newer, this is %d.%d; try make setup PYTHON=python3.12" % sys.version_info[:2])
+    check_python()
     if "--lock" in sys.argv:
         lock()
     elif is_done():
         os.utime(STAMP)
     else:
         install()
+
+
+def check_python():
+    if sys.version_info < (3, 11):
+        fail("needs Python 3.11 or newer, this is %d.%d; try make setup PYTHON=python3.12" % sys.version_info[:2])
 
 
 def install():
@@ -99,14 +104,14 @@ def is_done():
         return False
 
 
-def is_whole_venv():
+def is_whole_venv(venv=VENV):
     """Made by this Python, and not interrupted before pip was in it."""
     try:
-        with open(os.path.join(VENV, "pyvenv.cfg")) as config:
+        with open(os.path.join(venv, "pyvenv.cfg")) as config:
             same_python = "version = %s\n" % platform.python_version() in config.read()
     except OSError:
         return False
-    return same_python and os.path.exists(os.path.join(VENV, "bin", "pip"))
+    return same_python and os.path.exists(os.path.join(venv, "bin", "pip"))
 
 
 def pins_hash():
@@ -145,7 +150,7 @@ def run(*command):
         return
     sys.stderr.write(done.stderr)
     if "No space left on device" in done.stderr:
-        fail("the disk is full; make room and run `make setup` again")
+        fail("the disk is full; make room and run it again")
     if any(sign in done.stderr for sign in UNREACHABLE):
         fail(
             "the package index cannot be reached or lacks a pin; check the network (pip config list), then run it again"

@@ -34,6 +34,7 @@ from pipeline.progress import printable
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+export_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 EXAMPLE = "\n\n\b\nExample:  aletheia "
 app.add_typer(check_app, name="check", help=f"The pipeline checks itself.{EXAMPLE}check gradients")
 app.add_typer(
@@ -43,6 +44,9 @@ app.add_typer(
 )
 app.add_typer(
     config_app, name="config", help=f"Profiles: what is in effect, and why.{EXAMPLE}config explain --profile tiny"
+)
+app.add_typer(
+    export_app, name="export", help=f"The merged model in other formats.{EXAMPLE}export gguf --profile tiny"
 )
 app.add_typer(exp_app, name="exp", help=f"Experiment records: plan, run, read, trust.{EXAMPLE}exp list")
 
@@ -124,6 +128,7 @@ def merge(
     profile: ProfileOption = DEFAULT,
     set_: SetOption = None,
     source: FromOption = None,
+    resume: ResumeOption = False,
     dry_run: DryRunOption = False,
     hypothesis: HypothesisOption = None,
     criterion: CriterionOption = None,
@@ -135,7 +140,16 @@ def merge(
     """
     from pipeline.merge import Merge
 
-    _run(Merge, profile, set_, dry_run, source=source, hypothesis=hypothesis, criteria=tuple(criterion or ()))
+    _run(
+        Merge,
+        profile,
+        set_,
+        dry_run,
+        source=source,
+        resume=resume,
+        hypothesis=hypothesis,
+        criteria=tuple(criterion or ()),
+    )
 
 
 @app.command()
@@ -143,51 +157,77 @@ def serve(
     profile: ProfileOption = DEFAULT,
     set_: SetOption = None,
     source: FromOption = None,
-    backend: Annotated[str, typer.Option(help="auto or transformers.")] = "auto",
+    backend: Annotated[str | None, typer.Option(help="auto, vllm, transformers or llamacpp.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
     dry_run: DryRunOption = False,
     parent: Annotated[str | None, typer.Option(hidden=True)] = None,
+    follow: Annotated[int | None, typer.Option(hidden=True, help="Process that it ends with.")] = None,
 ) -> None:
     """Serves the newest merged model (else adapter) with OpenAI's API, until Ctrl-C.
 
     \b
     Example:  aletheia serve --profile tiny --port 8001
     """
-    from serving.serve import BACKENDS, Serve
+    from serving.child import end_with
+    from serving.serve import Serve
 
-    if backend not in BACKENDS:
-        what = f"there is no backend `{backend}` yet"
-        raise UserError(what, where="--backend", remedy=" or ".join(BACKENDS))
+    if follow:
+        end_with(follow)
     given = [f"serve_config.host={host}"] if host is not None else []
+    given += [f"serve_config.backend={backend}"] if backend is not None else []
     given += [f"serve_config.port={port}"] if port is not None else []
     _run(Serve, profile, [*(set_ or []), *given], dry_run, source=source, parent=parent)
 
 
+@app.command()
+def chat(
+    endpoint: Annotated[str, typer.Option(help="Any server that speaks OpenAI's API.")] = "http://127.0.0.1:8000/v1",
+    system: Annotated[str, typer.Option(help="What the model is told first.")] = "",
+    model: Annotated[str, typer.Option(help="Which model of the server; default: its first.")] = "",
+) -> None:
+    """A conversation with a served model in the terminal; from a pipe one question, and its answer alone on stdout.
+
+    \b
+    Example:  aletheia chat --system "Be brief." < question.txt
+    """
+    from aletheia.chat import chat
+
+    chat(endpoint, system, model)
+
+
 @app.command("eval")
 def eval_(
-    parts: Annotated[list[str] | None, typer.Argument(help="heldout, benchmarks, winrate; default: all.")] = None,
+    parts: Annotated[
+        list[str] | None, typer.Argument(help="heldout, benchmarks, winrate (default: these), latency.")
+    ] = None,
     profile: ProfileOption = DEFAULT,
     set_: SetOption = None,
     source: FromOption = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="URL of a running server of the model, judged and timed.")
+    ] = None,
     dry_run: DryRunOption = False,
     hypothesis: HypothesisOption = None,
     criterion: CriterionOption = None,
 ) -> None:
     """Judges the newest model against its base: held-out rows, lm-eval-harness tasks, win-rate.
 
+    And how fast a server of it answers, when `latency` is named.
+
     \b
     Example:  aletheia eval heldout winrate --profile tiny
     """
-    from eval.evaluate import EVALUATIONS, Evaluate
+    from eval.evaluate import NAMED, Evaluate
 
     for part in parts or []:
-        if part not in EVALUATIONS:
-            raise UserError(f"there is no part `{part}`", where="eval", remedy=", ".join(EVALUATIONS))
+        if part not in NAMED:
+            raise UserError(f"there is no part `{part}`", where="eval", remedy=", ".join(NAMED))
+    given = [f"eval_config.endpoint={endpoint}"] if endpoint is not None else []
     _run(
         Evaluate,
         profile,
-        set_,
+        [*(set_ or []), *given],
         dry_run,
         source=source,
         hypothesis=hypothesis,
@@ -207,6 +247,30 @@ def demo(profile: ProfileOption = "tiny", set_: SetOption = None) -> None:
     from aletheia.jobs import print_record
 
     print_record(run_demo(_job(profile, set_)))
+
+
+@export_app.callback()
+def _export() -> None:
+    """So that `gguf` is a word of its own, and more formats may stand beside it."""
+
+
+@export_app.command("gguf")
+def export_gguf(
+    profile: ProfileOption = DEFAULT,
+    set_: SetOption = None,
+    source: FromOption = None,
+    dry_run: DryRunOption = False,
+    hypothesis: HypothesisOption = None,
+    criterion: CriterionOption = None,
+) -> None:
+    """The newest merged model as GGUF files for llama.cpp, each with its size and its loss of quality.
+
+    \b
+    Example:  aletheia export gguf --profile tiny --set export_config.formats=[q8_0]
+    """
+    from pipeline.export import Export
+
+    _run(Export, profile, set_, dry_run, source=source, hypothesis=hypothesis, criteria=tuple(criterion or ()))
 
 
 @config_app.command("explain")

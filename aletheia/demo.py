@@ -17,9 +17,9 @@ from pipeline.progress import say
 from pipeline.records import find
 from pipeline.records.file import RecordFile
 from pipeline.records.lifecycle import Record
-from pipeline.records.person import STAGES
 from pipeline.stage import Job
 
+STAGES = ("data", "sft", "dpo", "merge", "serve", "eval")
 DESCRIPTION = "The demo: every stage once, and the control beside SFT."
 
 

@@ -69,6 +69,9 @@ def key_figures(facts: Facts) -> Iterator[str]:
         receipt = results["receipt"]
         logits = f"; logits within {receipt['logits_max_difference']:.1g}" if "logits_max_difference" in receipt else ""
         yield f"{receipt['modules']} modules = base + adapter within rounding{logits}"
+    if facts.stage == "export":
+        for kind, found in results.get("formats", {}).items():
+            yield f"{kind} {found['bytes'] / 1e6:,.1f} MB, KL {_figure(found['kl'], '.4f')} nats a token"
     if "requests" in results:
         yield f"{results['requests']} requests, {results['completion_tokens']} tokens, {results['errors']} failed"
 

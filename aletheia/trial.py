@@ -1,5 +1,6 @@
 """Starts the server as a person would, asks it through the openai client, and stops it with SIGTERM."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from pipeline.records import find
 from pipeline.records.lifecycle import liveness
 from pipeline.stage import Job
 
-READY_WITHIN = 120.0  # seconds for the server
+READY_WITHIN = 900.0  # seconds for the server: a large model is read from disk first
+ENDS_WITHIN = 90.0  # seconds after SIGTERM
 QUESTION = "How do I find out why a PostgreSQL query is slow?"
 
 
@@ -22,6 +24,7 @@ def serve_and_ask(job: Job) -> dict[str, Any]:
     command = [sys.executable, "-m", "aletheia.cli", "serve", "--profile", str(job.profile.path), "--port", "0"]
     command += ["--from", job.source] if job.source else []
     command += ["--parent", job.parent] if job.parent else []
+    command += ["--follow", str(os.getpid())]  # killed outright, we leave no server behind
     command += [word for text in as_assignments(job.profile.overrides) for word in ("--set", text)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
@@ -30,10 +33,10 @@ def serve_and_ask(job: Job) -> dict[str, Any]:
     finally:
         server.send_signal(signal.SIGTERM)
         try:
-            code = server.wait(timeout=30)
+            code = server.wait(timeout=ENDS_WITHIN)
         except subprocess.TimeoutExpired:
             server.kill()
-            raise StageFailed("the server did not end within 30 s of SIGTERM") from None
+            raise StageFailed(f"the server did not end within {ENDS_WITHIN:.0f} s of SIGTERM") from None
     if code != 0:
         raise StageFailed(f"the server ended with exit code {code}")
     return said
@@ -62,7 +65,7 @@ def _talk(address: str, model: str) -> dict[str, Any]:
     """One question through the openai client, whole and streamed; a model that is not there."""
     import openai
 
-    client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
+    client = openai.OpenAI(base_url=address, api_key=os.environ.get("ALETHEIA_API_KEY") or "none", max_retries=0)
     ask: dict[str, Any] = {
         "model": model,
         "messages": [{"role": "user", "content": QUESTION}],

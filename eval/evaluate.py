@@ -6,37 +6,45 @@
 `heldout`: loss, perplexity and preference accuracy on the rows that training held out. `benchmarks`: lm-eval-harness
 tasks. `winrate`: answers to open questions, compared by the simplest judge, which says how weak it is. One model is in
 memory at a time; every figure is paired item by item and carries its interval. What is compared is written item by item
-beside the record.
+beside the record. `latency`, only when named: a server under load (`eval/latency.py`).
+
+Before anything is said of the model, parity is: that its prompts are those it was trained with, and with `--endpoint`,
+over which the win-rate's answers then come, that the server there is this very model (`serving/parity.py`).
 """
 
 import gc
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-from eval import judge, winrate
+from eval import judge, latency, winrate
 from eval.measure import Items, Measurement, measure
 from pipeline import statistics
 from pipeline.chat import Chat
 from pipeline.data import store
 from pipeline.data.read import read_rows
-from pipeline.data.rows import AnyRow, Conversation, PreferencePair, Question, describe, hashes
+from pipeline.data.rows import Conversation, Message, PreferencePair, Question, describe, hashes
 from pipeline.data.split import sample
-from pipeline.errors import UserError
+from pipeline.errors import StageFailed, UserError
 from pipeline.model import Base
 from pipeline.progress import say
-from pipeline.records import find, items
+from pipeline.records import items
 from pipeline.records.lifecycle import Record
 from pipeline.records.metrics import benchmark_is_lower_better
 from pipeline.records.schema import Input
 from pipeline.stage import Job, Source
 from pipeline.tasks import find_tasks
-from pipeline.training_data import PARTS, recorded
+from serving import parity
+from serving.endpoint import Endpoint, answer_all, own_server
+from serving.engine import Answer, Sampling
+from serving.probes import Probe, Reference, held_out, make_probes, make_reference
 from serving.serve import load_source, model_name, servable
 
-EVALUATIONS = ("heldout", "benchmarks", "winrate")
+EVALUATIONS = ("heldout", "benchmarks", "winrate")  # when none is named
+NAMED = (*EVALUATIONS, "latency")
 
 
 @dataclass
@@ -48,6 +56,8 @@ class Evaluate:
     chat: Chat
     source: Source
     items: Items
+    endpoint: Endpoint | None
+    prompts: list[str]  # of `latency`
     inputs: list[Input]
 
     @classmethod
@@ -55,10 +65,15 @@ class Evaluate:
         source, base, chat = servable(job)
         if chat.contract != base.chat().contract:
             raise UserError("its chat template is not its base's", where=chat.name)
-        items = _items(job, source, job.parts or EVALUATIONS)
+        items, prompts = _items(job, source, job.parts or EVALUATIONS), []
+        if "latency" in job.parts:
+            latency.guidellm()
+            prompts = [q.prompt for q in _questions(job)]
         if items.questions:
             say(f"win-rate: {winrate.planned_precision(len(items.questions))}")
-        return cls(job, base, chat, source, items, [source.input])
+        url = job.config.eval_config.endpoint
+        endpoint = Endpoint(url, parity.names(job, source)) if url else None
+        return cls(job, base, chat, source, items, endpoint, prompts, [source.input])
 
     def plan(self) -> list[tuple[str, str]]:
         items = self.items
@@ -67,10 +82,11 @@ class Evaluate:
             ("held out", f"{len(items.conversations)} conversations, {len(items.pairs)} pairs"),
             ("benchmarks", ", ".join(self.job.config.eval_config.tasks) if items.tasks else "none"),
             ("open questions", str(len(items.questions))),
+            ("endpoint", f"{self.endpoint.root}, its model {self.endpoint.model}" if self.endpoint else "none"),
+            ("latency", f"{self.job.config.eval_config.latency_requests} requests a loop" if self.prompts else "no"),
         ]
 
     def run(self, record: Record) -> None:
-        config = self.job.config.eval_config
         record.facts.lineage.base = self.base.identity()
         record.facts.data = {"contract": self.chat.contract.sha256, "template": self.chat.contract.facts()} | {
             name: describe(rows) for name, rows in vars(self.items).items() if rows and name != "tasks"
@@ -78,13 +94,31 @@ class Evaluate:
         items.write_rows(record.folder, {n: hashes(r) for n, r in vars(self.items).items() if r and n != "tasks"})
         if self.items.questions:
             store.keep(self.job.workspace, self.items.questions)
+        record.facts.results = {"model": model_name(self.job, self.source), "against": self.base.name}
+        if any(vars(self.items).values()):
+            self._judge(record)
+        if self.prompts:
+            record.facts.results["latency"] = self._latency(record)
+
+    def _judge(self, record: Record) -> None:
+        config, label, results = self.job.config.eval_config, model_name(self.job, self.source), record.facts.results
         base = measure(self.base.load(), self.chat, self.items, config, "base")
         gc.collect()
-        label = model_name(self.job, self.source)
-        tuned = measure(load_source(self.source, self.base), self.chat, self.items, config, label)
+        model = load_source(self.source, self.base)
+        asked = replace(self.items, questions=()) if self.endpoint else self.items
+        tuned = measure(model, self.chat, asked, config, label)
+        probes = make_probes(self.chat, list(self.items.conversations))
+        found, scores = parity.compare_template(model, self.source, self.base, self.chat, probes)
+        results["parity"] = {"prompts": len(probes), "in_process": found.as_record()}
+        if found.problem:
+            say(f"note: parity: {found.problem[0]}; try {found.problem[1]}")
+        if self.endpoint:
+            stored = str(model.dtype).removeprefix("torch.")
+            del model
+            reference = make_reference(scores, stored, self.source, self.base, self.chat, probes, set())
+            tuned.answers = self._served_answers(self.endpoint, reference, probes, results["parity"])
 
         items.write_changes(record.folder, self._by_item(base, tuned))
-        results: dict[str, Any] = {"model": label, "against": self.base.name}
         if self.items.conversations:
             results |= self._losses(base, tuned)
         if self.items.pairs:
@@ -93,7 +127,34 @@ class Evaluate:
             results |= self._benchmarks(base, tuned)
         if self.items.questions:
             results |= self._win_rate(record, base, tuned)
-        record.facts.results = results
+
+    def _served_answers(
+        self, endpoint: Endpoint, reference: Reference, probes: list[Probe], facts: dict[str, Any]
+    ) -> list[Answer]:
+        """To the open questions. Raises `StageFailed` when it is another model that answers there."""
+        config, label = self.job.config.eval_config, model_name(self.job, self.source)
+        served = parity.compare(endpoint, endpoint.root, self.chat, probes, reference, None)
+        facts["endpoint"] = served.as_record()
+        if served.problem:
+            what, remedy = served.problem
+            raise StageFailed(f"{endpoint.root} is not {label}: {what}", remedy=remedy)
+        say(f"{endpoint.root}: {served.verdict}")
+        chats = [[Message(role="user", content=question.prompt)] for question in self.items.questions]
+        sampling = Sampling(config.max_tokens, config.temperature)
+        return answer_all(endpoint, self.chat, chats, sampling, config.seed, f"{label}: answers")
+
+    def _latency(self, record: Record) -> dict[str, Any]:
+        """Of the endpoint, else of a server of our own, started for it."""
+        config = self.job.config
+        with ExitStack() as stack:
+            endpoint = self.endpoint
+            if endpoint is None:
+                backend = config.serve_config.backend
+                address = stack.enter_context(own_server(self.job, self.source.file.id, backend))
+                endpoint = Endpoint(address, parity.names(self.job, self.source))
+            results = latency.measure(endpoint, self.prompts, config.eval_config, record.folder)
+        latency.tell(results)
+        return results
 
     def _by_item(self, base: Measurement, tuned: Measurement) -> dict[str, dict[str, tuple[float, float]]]:
         """Both models' values of every item, by the figure that they make up: evaluations are paired by these."""
@@ -132,6 +193,8 @@ class Evaluate:
             say(f"{name} {scores.metric} {change.before.text()} → {change.after.text()}: {verdict}")
             facts = {"metric": scores.metric, "version": scores.version, "mcnemar_p": round(p_value, 4)}
             results[name] = _plain(change) | facts
+        for name, p in statistics.holm({name: found["mcnemar_p"] for name, found in results.items()}).items():
+            results[name]["holm_p"] = round(p, 4)  # of so many tasks
         return {"benchmarks": results}
 
     def _win_rate(self, record: Record, base: Measurement, tuned: Measurement) -> dict[str, Any]:
@@ -148,6 +211,8 @@ class Evaluate:
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
         say(f"win-rate against the base {result.rate.text()}: {result.verdict}")
         say(f"  the judge is weak: {judge.WEAKNESS}; if the longer simply won: {result.longest_wins.text()}")
+        if result.at_equal_length:
+            say(f"  were both answers equally long: {result.at_equal_length.text()}")
         tokens = f"{lengths.before.value:.0f} → {lengths.after.value:.0f} tokens long"
         ending = f"{stops.before.value:.0%} → {stops.after.value:.0%} end by themselves"
         say(f"answers: {tokens}, {ending} within {self.job.config.eval_config.max_tokens}")
@@ -156,6 +221,7 @@ class Evaluate:
                 "wins": result.wins, "ties": result.ties, "losses": result.losses,
                 "sign_test_p": round(result.p_value, 4), "judge": judge.NAME, "weakness": judge.WEAKNESS,
                 "longest_wins": _plain(result.longest_wins),
+                "at_equal_length": _plain(result.at_equal_length) if result.at_equal_length else None,
                 "agrees_with_longest": _plain(result.agrees_with_longest) if result.agrees_with_longest else None,
             },
             "stops_by_itself": _plain(stops),
@@ -168,24 +234,20 @@ def _items(job: Job, source: Source, parts: tuple[str, ...] | list[str]) -> Item
     paths, items = job.config.training_data, Items()
     folder = job.workspace.path(paths.eval)
     if "heldout" in parts:
-        items.conversations = _held_out(job, source, Conversation)
-        items.pairs = _held_out(job, source, PreferencePair)
+        items.conversations = held_out(job, source, Conversation)
+        items.pairs = held_out(job, source, PreferencePair)
     if "benchmarks" in parts:
         items.tasks = find_tasks(folder, job.config.eval_config.tasks)
     if "winrate" in parts:
-        questions = read_rows(job.workspace, f"{paths.eval}/questions", Question)
+        questions = _questions(job)
         items.questions = sample(questions, job.config.eval_config.questions)
         if len(items.questions) < len(questions):
             say(f"win-rate: {len(items.questions)} of {len(questions)} open questions (eval_config.questions)")
     return items
 
 
-def _held_out(job: Job, source: Source, kind: type[AnyRow]) -> list[AnyRow]:
-    """The very rows that the training of this model held out. Raises `UserError` when they are nowhere any more."""
-    ancestor = find.ancestor(job.workspace, source.file, source.facts, PARTS[kind])
-    if ancestor is None:
-        return []  # an SFT-only model has seen no pairs, and pairs are then not its measure
-    return recorded(job.workspace, job.config, *ancestor, "held_out", kind)
+def _questions(job: Job) -> list[Question]:
+    return read_rows(job.workspace, f"{job.config.training_data.eval}/questions", Question)
 
 
 def _plain(figures: statistics.Figure | statistics.Change) -> dict[str, Any]:

@@ -1,30 +1,28 @@
-"""A trained adapter, and what it makes of a base weight: LoRA, rsLoRA and DoRA on linear layers.
+"""A trained adapter: which tensors of its base it changes, and each change (`pipeline.update`).
 
-    LoRA    W' = W + s·B·A, s = alpha / r             arXiv 2106.09685
-    rsLoRA  the same, s = alpha / sqrt(r)             arXiv 2312.03732
-    DoRA    W' = m · V / ‖V‖, V = W + s·B·A           arXiv 2402.09353; m and the norm: a value for each row of V
-
-Which modules an adapter has, and each one's scale (rank and alpha patterns included), is asked of peft: it lays the
-adapter's configuration over the base without weights. So a module that the file lacks, or a key too many, is seen.
-Anything else than these three is refused, and so is an option of peft's that is not known here.
+LoRA, rsLoRA and DoRA on linear layers and embeddings, modules and biases that were trained whole, single tokens' rows.
+Which of them an adapter has, and each one's scale (rank and alpha patterns included), is asked of peft: it lays the
+adapter's configuration over the base without weights. So a tensor that the file lacks, or a key too many, is seen.
+Anything else is refused, and so is an option of peft's that is not known here.
 """
 
 import json
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.shards import read_tensor, tensor_names
+from pipeline.shards import FLOATS, Stored, stored, tensors
+from pipeline.update import Adapter, Change, Factor, LowRank, Replacement, Rows, Update, Updates
 
 # keys of adapter_config.json that are handled, or mean nothing to a merge; any other must be off
 HANDLED = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size",
+    "modules_to_save", "trainable_token_indices", "bias", "ensure_weight_tying",
 }  # fmt: skip
 FRESH = (
     True,
@@ -33,70 +31,8 @@ FRESH = (
     "orthogonal",
 )  # other ways to begin (PiSSA, OLoRA, LoftQ) change the base's weights too
 OTHERWISE = "training without it, or serving the adapter unmerged"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
-BLOCK = 1 << 17  # elements worked on at once: about what a core's cache holds, four times as fast as a whole matrix
-UNIT = 2**-24  # unit roundoff of float32
-
-
-@dataclass(frozen=True)
-class Update:
-    """One linear layer's adapter, float32: A `(rank, in)`, B `(out, rank)`, and for DoRA the magnitude `(out,)`."""
-
-    a: Any
-    b: Any
-    scale: float
-    magnitude: Any = None
-
-    def merged(self, weight: Any) -> Any:
-        """`weight` `(out, in)` with the adapter in it: summed in float32, rounded once to the weight's dtype."""
-        import torch
-
-        merged = torch.empty_like(weight)
-        for rows in blocks(weight):
-            total = weight[rows].to(torch.float32, copy=True).addmm_(self.b[rows], self.a, alpha=self.scale)
-            if self.magnitude is not None:
-                norm = torch.linalg.vector_norm(total, dim=1, dtype=torch.float64)
-                total.mul_((self.magnitude[rows] / norm).float()[:, None])
-            merged[rows] = total
-        return merged
-
-    def exact(self, weight: Any) -> Iterator[tuple[slice, Any, Any]]:
-        """Rows, their merged weight in float64, and how far `merged` may be from it before its last rounding.
-
-        The bound is that of a sum of rank + 1 products in float32 (Higham 2002, section 3.1), with |B|·|A| ≤ ‖B‖‖A‖.
-        """
-        import torch
-
-        a, b = self.a.double(), self.b.double()
-        a_norm, b_norm, share = a.norm(dim=0), b.norm(dim=1), (len(a) + 4) * UNIT
-        for rows in blocks(weight):
-            old = weight[rows].to(torch.float64, copy=True)
-            total = old.addmm(b[rows], a, alpha=self.scale)
-            error = old.abs_().addr_(b_norm[rows], a_norm, beta=share, alpha=share * abs(self.scale))
-            if self.magnitude is not None:
-                norm = total.norm(dim=1, keepdim=True)
-                factor = self.magnitude[rows].double()[:, None] / norm
-                error.addcmul_(total.abs(), error.norm(dim=1, keepdim=True) / norm + 4 * UNIT).mul_(factor.abs())
-                total.mul_(factor)
-            yield rows, total, error
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """The updates of a whole model, by the name of the base weight each belongs to."""
-
-    kind: str  # LoRA | rsLoRA | DoRA | rsLoRA and DoRA
-    updates: dict[str, Update]
-
-    def merged(self, name: str, weight: Any) -> Any:
-        """The weight itself where no update belongs to it."""
-        return self.updates[name].merged(weight) if name in self.updates else weight
-
-
-def blocks(weight: Any) -> Iterator[slice]:
-    """Slices of a matrix's rows, so that a block's temporaries stay in the cache."""
-    step = max(1, BLOCK // weight.shape[1])
-    return (slice(start, start + step) for start in range(0, len(weight), step))
 
 
 def read(folder: Path, base: Path, trust_remote_code: bool = False) -> Adapter:
@@ -104,71 +40,204 @@ def read(folder: Path, base: Path, trust_remote_code: bool = False) -> Adapter:
 
     Raises `UserError` for an adapter that cannot be merged, and for a key that is missing or left over.
     """
-    from safetensors.torch import load_file
-
-    config = json.loads((folder / "adapter_config.json").read_text())
+    where = str(folder)
+    if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
+        raise UserError(f"holds no {missing[0]}", where=where, remedy="a folder that peft saved as safetensors")
+    config = json.loads((folder / CONFIG).read_text())
     _refuse_options(config, folder)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    stored = set(tensor_names(base))
-    updates = {}
-    for module, layer in layers(_without_weights(folder, base, trust_remote_code), str(folder)):
-        name, scale, rank = f"{module}.weight", layer.scaling["default"], layer.r["default"]
-        if name not in stored:
-            raise UserError(f"the adapter's {name} is no weight of the base", where=str(folder))
-        out, into = layer.out_features, layer.in_features
-        shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": (rank, into), "lora_B.weight": (out, rank)}
-        if layer.use_dora["default"]:
-            shapes["lora_magnitude_vector"] = (out,)
-        parts: list[Any] = []
-        for part, shape in shapes.items():
-            tensor = tensors.pop(key := f"{PREFIX}{module}.{part}", None)
-            if tensor is None:
-                raise UserError(f"the adapter lacks {key}, which its configuration asks for", where=str(folder))
-            if tuple(tensor.shape) != shape:
-                raise UserError(f"the adapter's {key} is {tuple(tensor.shape)}, not {shape}", where=str(folder))
-            parts.append(tensor.float())
-        updates[name] = Update(parts[0], parts[1], scale, parts[2] if len(parts) > 2 else None)
-    for key, tensor in tensors.items():
-        if not _copy_of_base(key, tensor, base, updates):
-            raise UserError(f"the adapter's key {key} is left over", where=str(folder))
+    reader = _Reader(where, stored(folder / WEIGHTS), tensors(base))
+    adapted = _without_weights(folder, base, trust_remote_code)
+    for module, layer in layers(adapted, where, embeddings=True):
+        reader.low_rank(module, layer)
+    for group, keys in _trained_whole(adapted, where):
+        reader.replaced(group, keys)
+    for group, tokens in _trained_tokens(adapted, where):
+        reader.tokens(group, tokens)
+    for key in _trained_biases(adapted, config.get("bias", "none")):
+        reader.replaced([key.replace(".base_layer.", ".")], [key])
+    reader.refuse_left_over()
     kinds = [kind for kind, on in (("rsLoRA", config.get("use_rslora")), ("DoRA", config.get("use_dora"))) if on]
-    return Adapter(" and ".join(kinds) or "LoRA", updates)
+    return Adapter(" and ".join(kinds) or "LoRA", Updates(reader.changes))
+
+
+class _Reader:
+    """Takes an adapter's tensors one after the other, and knows what is left over."""
+
+    def __init__(self, where: str, given: dict[str, Stored], base: dict[str, Stored]) -> None:
+        self.where, self.given, self.base = where, given, base
+        self.changes: dict[str, Change] = {}
+
+    def low_rank(self, module: str, layer: Any) -> None:
+        scale, rank, dora = layer.scaling["default"], layer.r["default"], layer.use_dora["default"]
+        out, into = self._shape(f"{module}.weight")
+        embedding = not hasattr(layer.get_base_layer(), "out_features")
+        if embedding:  # its weight is the other way round: tokens by width
+            a = self._take(f"{module}.lora_embedding_A", (rank, out))
+            b = self._take(f"{module}.lora_embedding_B", (into, rank))
+        else:
+            a = self._take(f"{module}.lora_A.weight", (rank, into))
+            b = self._take(f"{module}.lora_B.weight", (out, rank))
+        magnitude = self._take(f"{module}.lora_magnitude_vector", (into if embedding else out,)) if dora else None
+
+        def load() -> Update:
+            one, other = a.read().float(), b.read().float()
+            factor = Factor(other.T, one.T, scale) if embedding else Factor(one, other, scale)
+            return LowRank((factor,), magnitude.read().float() if magnitude else None, embedding)
+
+        self._change([f"{module}.weight"], Change(load, adds_up=True))
+
+    def replaced(self, group: list[str], keys: list[str]) -> None:
+        """`group`: names of one tensor that is tied; `keys`: the adapter's of it."""
+        taken = [self._take(key, self._shape(self._name(group))) for key in keys]
+        first = taken[0]
+        if any(_differ(first, other) for other in taken[1:]):
+            raise UserError(f"its {keys[0]} and {keys[1]} are tied and differ", where=self.where, remedy=OTHERWISE)
+        self._change(group, Change(lambda: Replacement(first.read())))
+
+    def tokens(self, group: list[str], tokens: list[int]) -> None:
+        import torch
+
+        vocabulary, width = self._shape(self._name(group))
+        if len(set(tokens)) < len(tokens) or not all(0 <= token < vocabulary for token in tokens):
+            what = "its trainable_token_indices name a token twice, or one that the base has not"
+            raise UserError(what, where=self.where)
+        module = group[0].removesuffix(".weight")
+        values = self._take(f"{module}.token_adapter.trainable_tokens_delta", (len(tokens), width))
+        self._change(group, Change(lambda: Rows(torch.tensor(tokens), values.read())))
+
+    def refuse_left_over(self) -> None:
+        """A key that nothing asked for; but peft puts the base's own weight beside the adapter of an embedding."""
+        for key, tensor in self.given.items():
+            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            copy = ".base_layer." in key and name in self.changes
+            if not copy or tensor.shape != self.base[name].shape or _differ(self.base[name], tensor):
+                raise UserError(f"the adapter's key {key} is left over", where=self.where)
+
+    def _name(self, group: list[str]) -> str:
+        """The one of these names that the base has stored."""
+        known = [name for name in group if name in self.base]
+        if len(known) != 1:
+            there = f"the base stores {' and '.join(known)} apart" if known else "is no weight of the base"
+            raise UserError(f"the adapter's {group[0]} {there}", where=self.where)
+        return known[0]
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        if name not in self.base:
+            raise UserError(f"the adapter's {name} is no weight of the base", where=self.where)
+        return self.base[name].shape
+
+    def _take(self, name: str, shape: tuple[int, ...]) -> Stored:
+        tensor = self.given.pop(key := f"{PREFIX}{name}", None)
+        if tensor is None:
+            raise UserError(f"the adapter lacks {key}, which its configuration asks for", where=self.where)
+        if tensor.shape != shape:
+            raise UserError(f"the adapter's {key} is {tensor.shape}, not {shape}", where=self.where)
+        if tensor.dtype not in FLOATS:
+            raise UserError(f"the adapter's {key} is stored as {tensor.dtype}", where=self.where)
+        return tensor
+
+    def _change(self, group: list[str], change: Change) -> None:
+        name = self._name(group)
+        if name in self.changes:
+            raise UserError(f"the adapter changes {name} in two ways", where=self.where, remedy=OTHERWISE)
+        if self.base[name].dtype not in FLOATS:
+            raise UserError(f"the base's {name} is stored as {self.base[name].dtype}", where=self.where)
+        self.changes[name] = change
+
+
+def layers(adapted: Any, where: str, embeddings: bool = False) -> Iterator[tuple[str, Any]]:
+    """Name and peft layer of every module that a `PeftModel` has put a LoRA on.
+
+    Raises `UserError` for one that is no linear layer (nor, where `embeddings` are taken too, one of these), or whose
+    weight another module shares: it could not be merged.
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    uses = _uses(adapted)
+    for name, layer in adapted.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        name, inner = name.removeprefix(PREFIX), layer.get_base_layer()
+        if not isinstance(inner, (torch.nn.Linear, torch.nn.Embedding) if embeddings else torch.nn.Linear):
+            raise UserError(f"the adapter is on {name}, which is no linear layer", where=where, remedy=OTHERWISE)
+        if uses[id(inner.weight)] > 1:
+            raise _tied(name, where)
+        yield name, layer
+
+
+def _trained_whole(adapted: Any, where: str) -> Iterator[tuple[list[str], list[str]]]:
+    """Of every tensor of a module to save: its names (several where it is tied), and its keys in the adapter."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    uses, groups = _uses(adapted), dict[int, list[tuple[str, Any]]]()
+    for name, wrapper in adapted.named_modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            trained = wrapper.modules_to_save["default"]
+            for key, value in trained.state_dict(keep_vars=True).items():
+                before = wrapper.original_module.state_dict(keep_vars=True).get(key)
+                groups.setdefault(id(before), []).append((f"{name.removeprefix(PREFIX)}.{key}", value))
+    for before, found in groups.items():
+        names = [name for name, _ in found]
+        if uses[before] > len(names) or len({id(value) for _, value in found}) > 1:
+            raise _tied(names[0].rpartition(".")[0], where)
+        yield names, names
+
+
+def _trained_tokens(adapted: Any, where: str) -> Iterator[tuple[list[str], list[int]]]:
+    """Names of every weight (several where it is tied) of which single rows were trained, and which."""
+    from peft.utils.other import TrainableTokensWrapper
+
+    uses, groups = _uses(adapted), dict[int, list[tuple[str, Any]]]()
+    for name, wrapper in adapted.named_modules():
+        if isinstance(wrapper, TrainableTokensWrapper):
+            weight = wrapper.token_adapter.get_base_layer().weight
+            groups.setdefault(id(weight), []).append((name.removeprefix(PREFIX), wrapper.token_adapter))
+    for before, found in groups.items():
+        own = [(name, adapter) for name, adapter in found if not adapter.tied_adapter]
+        if uses[before] > len(found) or len(own) != 1:
+            raise _tied(found[0][0], where)
+        name, adapter = own[0]
+        others = [f"{other}.weight" for other, _ in found if other != name]
+        yield [f"{name}.weight", *others], list(adapter.token_indices["default"])
+
+
+def _trained_biases(adapted: Any, bias: str) -> Iterator[str]:
+    """The adapter's keys of the biases that peft trained: all, or those of the layers with a LoRA."""
+    for name, _ in adapted.named_parameters():
+        if bias != "none" and name.endswith(".bias") and (bias == "all" or name.endswith(".base_layer.bias")):
+            yield name.removeprefix(PREFIX)
+
+
+def _uses(adapted: Any) -> Counter[int]:
+    """In how many places each parameter stands."""
+    return Counter(id(weight) for _, weight in adapted.named_parameters(remove_duplicate=False))
+
+
+def _tied(name: str, where: str) -> UserError:
+    return UserError(
+        f"the adapter is on {name}, whose weight is tied to another module's", where=where, remedy=OTHERWISE
+    )
+
+
+def _differ(one: Stored, other: Stored) -> bool:
+    import torch
+
+    expected = other.read()
+    return not torch.equal(one.read().to(expected.dtype), expected)
 
 
 def _refuse_options(config: dict[str, Any], folder: Path) -> None:
     """Raises `UserError`, naming every option that a merge would get wrong."""
-    wrong = sorted(key for key, value in config.items() if key not in HANDLED and value and value != "none")
+    wrong = sorted(key for key, value in config.items() if key not in HANDLED and value)
     if config.get("peft_type") != "LORA":
         wrong = [str(config.get("peft_type"))]
     elif config.get("init_lora_weights", True) not in FRESH:
         wrong.append(f"init_lora_weights: {config['init_lora_weights']}")
     if wrong:
         raise UserError(
-            f"merge handles LoRA, rsLoRA and DoRA, not {', '.join(wrong)}",
-            where=str(folder / "adapter_config.json"),
-            remedy=OTHERWISE,
+            f"merge handles LoRA, rsLoRA and DoRA, not {', '.join(wrong)}", where=str(folder / CONFIG), remedy=OTHERWISE
         )
-
-
-def layers(adapted: Any, where: str) -> Iterator[tuple[str, Any]]:
-    """Name and peft layer of every module that a `PeftModel` has put an adapter on.
-
-    Raises `UserError` for one that is no linear layer, or whose weight another module shares: it could not be merged.
-    """
-    import torch
-    from peft.tuners.lora import LoraLayer
-
-    uses = Counter(id(weight) for _, weight in adapted.named_parameters(remove_duplicate=False))
-    for name, layer in adapted.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        name, inner = name.removeprefix(PREFIX), layer.get_base_layer()
-        if not isinstance(inner, torch.nn.Linear):
-            raise UserError(f"the adapter is on {name}, which is no linear layer", where=where, remedy=OTHERWISE)
-        if uses[id(inner.weight)] > 1:
-            what = f"the adapter is on {name}, whose weight is tied to another module's"
-            raise UserError(what, where=where, remedy=OTHERWISE)
-        yield name, layer
 
 
 def _without_weights(folder: Path, base: Path, trust_remote_code: bool) -> Any:
@@ -185,14 +254,4 @@ def _without_weights(folder: Path, base: Path, trust_remote_code: bool) -> Any:
         try:
             return get_peft_model(model, config)
         except ValueError as error:  # no module of that name, for one
-            raise UserError(str(error), where=str(folder / "adapter_config.json")) from None
-
-
-def _copy_of_base(key: str, tensor: Any, base: Path, updates: dict[str, Update]) -> bool:
-    """Whether it is the base's own weight, which peft puts beside the adapter of an output layer."""
-    import torch
-
-    name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-    if ".base_layer." not in key or name not in updates:
-        return False
-    return torch.equal(read_tensor(base, name).to(tensor.dtype), tensor)
+            raise UserError(str(error), where=str(folder / CONFIG)) from None

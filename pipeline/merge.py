@@ -1,39 +1,50 @@
-"""Merge: base + adapter into one plain `transformers` folder, a tensor at a time, with a receipt.
+"""Merge: base + adapters into one plain `transformers` folder, a tensor at a time, with a receipt.
 
     aletheia merge --profile tiny        make merge PROFILE=tiny
+    aletheia merge --profile tiny --set merge_config.adapters=[EXP-2026-11-20-001]        this one too
+    aletheia merge --profile tiny --resume        goes on with the files that an interrupted merge had finished
 
-Takes the newest adapter: DPO's, or SFT's where none or only an older DPO stands. LoRA, rsLoRA and DoRA on linear layers
-(`pipeline.lora`; anything else in the adapter is refused) are added in float32 and rounded once to the base's dtype.
-Writes `checkpoints/EXP-…/model` with tokenizer, template, chat contract and a generation_config that stops at the
-end-of-turn; the link is `<name>-merged`. The receipt in the record (`pipeline.receipt`): every merged tensor read back
-and compared with base + adapter, every other tensor unchanged bit for bit, and the logits of real prompts against plain
-peft. An adapter trained over a quantised base is merged into the weights as stored; a base that is itself stored
-quantised is refused.
+Takes the newest adapter: DPO's, or SFT's where none or only an older DPO stands; those of `merge_config.adapters` are
+added to it, each at its own scale. What an adapter may be: `pipeline.lora`; the arithmetic: `pipeline.update`. Writes
+`checkpoints/EXP-…/model` with tokenizer, template, chat contract and a generation_config that stops at the end-of-turn;
+the link is `<name>-merged`. The receipt in the record (`pipeline.receipt`): every merged tensor read back and compared
+with base + adapters, every other tensor unchanged bit for bit, and the logits of real prompts against plain peft.
+
+Until all of it holds, the folder is `model.partial`; it gets its name in one step, once it is on the disk. Beside it
+`merge.json` names the files that are whole, by their hashes; a resume checks these and writes the others. An adapter
+trained over a quantised base is merged into the weights as stored; a base that is itself stored quantised is refused.
 """
 
+import csv
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pipeline import lora
 from pipeline.chat import PROBES, Chat
 from pipeline.data.rows import Message, PreferencePair
-from pipeline.errors import UserError
+from pipeline.errors import StageFailed, UserError
+from pipeline.further import Taken, further, taken
 from pipeline.model import Base, check_trained_on, find_base
 from pipeline.progress import Progress, say
-from pipeline.receipt import check_logits, check_weights
+from pipeline.receipt import Changed, check_logits, check_weights
 from pipeline.records import find
-from pipeline.records.find import artifacts, link_newest
+from pipeline.records.find import link_newest
 from pipeline.records.lifecycle import Record
-from pipeline.records.schema import Input
-from pipeline.shards import rewrite, size, tensor_names
+from pipeline.records.schema import Artifact, Input
+from pipeline.shards import Journal, rewrite, shards, size, sync, tensors
 from pipeline.stage import Job, Source, take
 from pipeline.training_data import PARTS, recorded
+from pipeline.update import Adapter, together
 
 PROMPTS_CHECKED = 4
+TABLE = "modules.csv"  # beside the record: what each tensor changed by
 
 
 @dataclass
@@ -44,7 +55,8 @@ class Merge:
     base: Base
     chat: Chat
     source: Source
-    adapter: lora.Adapter
+    taken: list[Taken]  # the source's, and the further ones
+    adapter: Adapter
     inputs: list[Input]
 
     @classmethod
@@ -55,71 +67,138 @@ class Merge:
         check_trained_on(base, chat, job.workspace, source)
         if "quantization_config" in json.loads((base.folder / "config.json").read_text()):
             raise job.profile.error("base_model", f"{base.name} is stored quantised", "the model it was quantised from")
-        adapter = lora.read(source.output, base.folder, base.trust_remote_code)
-        return cls(job, base, chat, source, adapter, [source.input])
+        all_taken = [first := taken(source), *further(job, base, chat, first)]
+        read = [lora.read(one.folder, base.folder, base.trust_remote_code) for one in all_taken]
+        adapter = together(read, [one.name for one in all_taken])
+        return cls(job, base, chat, source, all_taken, adapter, [one.input for one in all_taken if one.input])
 
     @property
     def trained_over(self) -> str:
         """The base's quantization in training: `auto` is what was chosen."""
-        facts = self.source.facts
-        known = facts.results.get("training", {}).get("quantization")
-        return str(known or facts.configuration.get("quantization", "none"))
+        return self.taken[0].trained_over
 
     def plan(self) -> list[tuple[str, str]]:
+        names = " + ".join(one.name for one in self.taken)
         return [
-            ("adapter", f"{self.source.file.id}, {self.adapter.kind} on {len(self.adapter.updates)} modules"),
+            ("adapter", f"{names}, {self.adapter.kind} on {len(self.adapter.updates)} modules"),
             ("base", f"{self.base.name} as stored; training saw it with quantization {self.trained_over}"),
+            ("arithmetic", self.job.config.merge_config.arithmetic),
             ("writes", f"{size(self.base.folder) / 1e9:.2f} GB"),
         ]
 
     def run(self, record: Record) -> None:
-        record.facts.lineage.base = self.base.identity()
-        record.facts.data = {"contract": self.chat.contract.sha256, "template": self.chat.contract.facts()}
+        arithmetic = self.job.config.merge_config.arithmetic
+        # its hash was compared with the source's a moment ago
+        identity = {"name": self.base.name, "revision": self.base.revision, "sha256": self.taken[0].base}
+        record.facts.lineage.base, record.facts.lineage.inputs = identity, self.inputs
+        record.facts.data = {
+            "contract": self.chat.contract.sha256,
+            "template": self.chat.contract.facts(),
+            "adapters": [one.facts() for one in self.taken],
+        }
         folder, partial = record.output / "model", record.output / "model.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        self._enough_disk(partial)
+        journal = Journal(record.output / "merge.json", self._task())
+        timing: dict[str, float] = {}
 
-        with Progress("merging", len(tensor_names(self.base.folder)), "tensor") as progress:
-            for _ in rewrite(self.base.folder, partial, self.adapter.merged):
+        self._begin(folder, partial, journal)
+        with (
+            _timed(timing, "merging_seconds"),
+            Progress("merging", len(tensors(self.base.folder)), "tensor") as progress,
+        ):
+            changes = {name: self._change(name) for name in self.adapter.updates}
+            for _ in rewrite(self.base.folder, partial, changes, journal):
                 progress.advance()
-        self._write_the_rest(partial)
-        receipt = check_weights(self.base.folder, partial, self.adapter)
-        receipt |= self._check_logits(partial, receipt["rounding_share_of_update"])
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+            record.facts.data["generation_config"] = self._write_the_rest(partial, set(journal.files))
+        try:
+            with _timed(timing, "checking_seconds"):
+                receipt, changed = check_weights(self.base.folder, partial, self.adapter, arithmetic)
+            with _timed(timing, "comparing_logits_seconds"):
+                receipt |= self._check_logits(partial, receipt["rounding_share_of_update"])
+        except StageFailed:  # not what it should be: nothing of it is gone on with
+            journal.forget()
+            shutil.rmtree(partial)
+            raise
+        record.facts.artifacts = _artifacts(record, partial, folder, journal.files)
+        _put(partial, folder)
+        journal.forget()
 
-        record.facts.results = {"receipt": receipt}
-        record.facts.artifacts = artifacts(record.workspace, folder)
+        record.facts.results = {
+            "receipt": receipt,
+            "each_tensor": record.workspace.shown(_write_table(record.folder / TABLE, changed)),
+            "timing": timing,
+        }
         link = link_newest(record.workspace, f"{self.job.config.name}-merged", folder)
         done = f"merged {self.adapter.kind}, {receipt['modules']} modules; within rounding: all"
         say(f"{done}; {record.workspace.shown(link)}")
 
-    def _write_the_rest(self, folder: Path) -> None:
+    def _task(self) -> str:
+        """What the merged bytes depend on. A merge of anything else goes on with none of them."""
+        return json.dumps(
+            {
+                "base": self.taken[0].base,
+                "adapters": [one.sha256 for one in self.taken],
+                "arithmetic": self.job.config.merge_config.arithmetic,
+                "torch": version("torch"),
+            }
+        )
+
+    def _change(self, name: str) -> Any:
+        arithmetic = self.job.config.merge_config.arithmetic
+        return lambda weight: self.adapter.updates[name].merged(weight, arithmetic)
+
+    def _begin(self, folder: Path, partial: Path, journal: Journal) -> None:
+        """An empty folder to write into; on a resume, one with the files that are whole."""
+        if self.job.resume:
+            if folder.is_dir() and not partial.is_dir():  # killed after it had its name, before the record was closed
+                folder.rename(partial)
+            journal.take_up(partial)
+            say(f"goes on with {len(journal.files)} of {len(shards(self.base.folder))} files, whole by their hashes")
+        partial.mkdir(exist_ok=True)
+        for path in partial.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in journal.files:
+                path.unlink()
+        there = sum((partial / name).stat().st_size for name in journal.files)
+        needed, free = size(self.base.folder) - there, shutil.disk_usage(partial).free
+        if free < needed * 1.05:
+            raise UserError(f"needs {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free", where=str(partial))
+
+    def _write_the_rest(self, folder: Path, weights: set[str]) -> dict[str, Any]:
         """Configuration, tokenizer, template and contract; generation stops at the end-of-turn that was trained."""
-        from transformers import AutoConfig, GenerationConfig
+        from transformers import AutoConfig
 
         AutoConfig.from_pretrained(self.base.folder, trust_remote_code=self.base.trust_remote_code).save_pretrained(
             folder
         )
         self.chat.tokenizer.save_pretrained(folder)
         self.chat.contract.save(folder)
-        generation = self.base.folder / "generation_config.json"
-        values = json.loads(generation.read_text()) if generation.exists() else {}
-        tokenizer = self.chat.tokenizer
-        values.pop("_from_model_config", None)  # it is what we say now, not what transformers derived
-        values |= {
+        tokenizer, name = self.chat.tokenizer, "generation_config.json"
+        base = self.base.folder / name
+        carried: dict[str, Any] = json.loads(base.read_text("utf-8")) if base.exists() else {}
+        carried.pop("_from_model_config", None)  # it is what we say now, not what transformers derived
+        set_here = {
             "eos_token_id": self.chat.end_of_turn_id,
             "bos_token_id": tokenizer.bos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
-        GenerationConfig(**values).save_pretrained(folder)
+        # as it is: transformers refuses to write what some published models have in it
+        (folder / name).write_text(json.dumps(carried | set_here, indent=2) + "\n", "utf-8")
+        for path in folder.rglob("*"):
+            if path.name not in weights:
+                sync(path)
+        sync(folder)
+        return {"set": set_here, "carried_over": {k: v for k, v in carried.items() if k not in set_here}}
 
     def _check_logits(self, merged: Path, rounding_share: float) -> dict[str, Any]:
         if not self.job.config.merge_config.check_logits:
             return {"logits": "not compared: merge_config.check_logits is false"}
         prompts = [self.chat.prompt(messages) for messages in self._prompts()]
-        return check_logits(self.base, merged, self.source.output, prompts, rounding_share, self.trained_over)
+        over = {one.trained_over for one in self.taken}
+        adapters = [one.folder for one in self.taken]
+        return check_logits(
+            self.base, merged, adapters, prompts, rounding_share, over.pop() if len(over) == 1 else "none"
+        )
 
     def _prompts(self) -> list[Sequence[Message]]:
         """Of rows that its training held out, or trained; of the contract's own conversations where those are gone."""
@@ -135,8 +214,43 @@ class Merge:
             say(f"note: logits are compared on prompts of the chat contract: {error}")
         return [probe[:-1] for probe in PROBES]
 
-    def _enough_disk(self, folder: Path) -> None:
-        needed = size(self.base.folder)
-        free = shutil.disk_usage(folder).free
-        if free < needed * 1.05:
-            raise UserError(f"needs {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free", where=str(folder))
+
+def _artifacts(record: Record, partial: Path, folder: Path, known: dict[str, str]) -> list[Artifact]:
+    """The files by the names they will have; the hashes of the weights are known from writing them."""
+    shown = record.workspace.shown
+    return [
+        Artifact(
+            path=shown(folder / path.relative_to(partial)),
+            sha256=known.get(path.name) or find.sha256(path),
+            bytes=path.stat().st_size,
+        )
+        for path in sorted(partial.rglob("*"))
+        if path.is_file()
+    ]
+
+
+def _put(partial: Path, folder: Path) -> None:
+    """Gives the whole folder its name. What a run of this record left there before is replaced."""
+    old = folder.with_name(f"{folder.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        say(f"note: replaces {folder}")
+        folder.rename(old)
+    partial.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_table(path: Path, changed: Sequence[Changed]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, [field.name for field in fields(Changed)])
+        table.writeheader()
+        table.writerows(asdict(one) for one in changed)
+    return path
+
+
+@contextmanager
+def _timed(timing: dict[str, float], what: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    timing[what] = round(time.perf_counter() - start, 2)

@@ -5,99 +5,128 @@ peft's, on real prompts, where the model fits in memory: that the adapter was re
 training saw in 4 or 8 bits is merged as it is stored; how far that takes the answers from those trained is measured too.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from pipeline.errors import AletheiaError, StageFailed
-from pipeline.lora import Adapter, Update
 from pipeline.model import Base, load_model
 from pipeline.progress import Progress, say
-from pipeline.shards import shards, size, stored_dtypes, tensor_names
+from pipeline.shards import same_bytes, size, stored_dtypes, tensors
+from pipeline.update import Adapter, Arithmetic, LowRank, Update
 
 POSITIONS = 64  # logits compared of each prompt: the last ones
 HIDDEN = 0.25  # of the update's norm: rounding above it is said
+
+
+@dataclass(frozen=True)
+class Changed:
+    """One tensor that the adapter changed. Norms are over all its elements."""
+
+    tensor: str
+    kind: str  # linear | embedding | replaced | tokens
+    relative_change: float  # norm of the update over that of the weight
+    rounding_share: float  # norm of the rounding over that of the update
+    share_of_bound: float  # the largest
 
 
 @dataclass
 class Figures:
     """Of the tensors compared so far. `update` and `rounding` are sums of squares."""
 
-    worst: float = 0.0  # share of the bound
-    least_change: float = float("inf")  # norm of a module's update over that of its weight
+    changed: list[Changed] = field(default_factory=list)
     update: float = 0.0
     rounding: float = 0.0
 
     @property
     def rounding_share(self) -> float:
-        return float((self.rounding / self.update) ** 0.5) if self.update else float("inf")
+        return _ratio(self.rounding, self.update)
+
+    def receipt(self) -> dict[str, Any]:
+        ordered = sorted(self.changed, key=lambda one: one.relative_change)
+        middle = median(one.relative_change for one in ordered)
+        return {
+            "worst_share_of_rounding_bound": round(max(one.share_of_bound for one in ordered), 3),
+            "smallest_relative_change": _short(ordered[0].relative_change),
+            "relative_change": {
+                "least": {"tensor": ordered[0].tensor, "value": _short(ordered[0].relative_change)},
+                "median": _short(middle),
+                "most": {"tensor": ordered[-1].tensor, "value": _short(ordered[-1].relative_change)},
+            },
+            "rounding_share_of_update": _short(self.rounding_share),
+        }
 
 
-def check_weights(base: Path, merged: Path, adapter: Adapter) -> dict[str, Any]:
-    """Reads the merged model back and compares every tensor with base + adapter.
+def check_weights(
+    base: Path, merged: Path, adapter: Adapter, arithmetic: Arithmetic = "float32"
+) -> tuple[dict[str, Any], list[Changed]]:
+    """Reads the merged model back and compares every tensor with base + adapter. Returns also what each changed by.
 
-    Raises `StageFailed` when a merged tensor is further from it than its dtype's rounding, when a targeted tensor did
-    not change, when any other did, or when a tensor is missing or extra.
+    Raises `StageFailed` when a merged tensor is further from it than its arithmetic's rounding, when a tensor with a
+    LoRA did not change, when one without any update did, or when a tensor is missing or extra.
     """
-    import torch
-    from safetensors import safe_open
-
-    names = tensor_names(base)
-    if names != tensor_names(merged):
+    before, after = tensors(base), tensors(merged)
+    if before.keys() != after.keys():
         raise StageFailed("the merged model has other tensors than the base")
     figures = Figures()
-    with Progress("checking", len(names), "tensor") as progress:
-        for shard in shards(base):
-            with safe_open(shard, framework="pt") as before, safe_open(merged / shard.name, framework="pt") as after:
-                for name in before.keys():  # noqa: SIM118  (not a dict)
-                    old, new = before.get_tensor(name), after.get_tensor(name)
-                    if old.dtype != new.dtype or old.shape != new.shape:
-                        raise StageFailed(f"{name} has another dtype or shape than the base's")
-                    if name in adapter.updates:
-                        _compare(name, old, new, adapter.updates[name], figures)
-                    elif not torch.equal(_bits(old), _bits(new)):
-                        raise StageFailed(f"{name} is not targeted by the adapter and changed")
-                    progress.advance()
+    with Progress("checking", len(before), "tensor") as progress:
+        for name, old in before.items():
+            new = after[name]
+            if old.dtype != new.dtype or old.shape != new.shape:
+                raise StageFailed(f"{name} has another dtype or shape than the base's")
+            if name in adapter.updates:
+                _compare(name, old.read(), new.read(), adapter.updates[name], arithmetic, figures)
+            elif not same_bytes(old, new):
+                raise StageFailed(f"{name} is not targeted by the adapter and changed")
+            progress.advance()
     if figures.rounding_share > HIDDEN:
         say(f"note: rounding to the base's dtype hides {figures.rounding_share:.0%} of what the adapter changes")
-    return {
+    receipt = {
         "adapter": adapter.kind,
-        "modules": len(adapter.updates),
-        "unchanged_tensors": len(names) - len(adapter.updates),
-        "worst_share_of_rounding_bound": round(figures.worst, 3),
-        "smallest_relative_change": _short(figures.least_change),
-        "rounding_share_of_update": _short(figures.rounding_share),
+        "arithmetic": arithmetic,
+        "modules": len(figures.changed),
+        "kinds": dict(Counter(one.kind for one in figures.changed)),
+        "unchanged_tensors": len(before) - len(figures.changed),
     }
+    return receipt | figures.receipt(), figures.changed
 
 
-def _compare(name: str, old: Any, new: Any, update: Update, figures: Figures) -> None:
+def _compare(name: str, old: Any, new: Any, update: Update, arithmetic: Arithmetic, figures: Figures) -> None:
     import torch
 
-    limits = torch.finfo(new.dtype)
-    worst = change = weight = 0.0
-    for rows, exact, error in update.exact(old):
+    old, new = torch.atleast_1d(old), torch.atleast_1d(new)
+    worst = change = weight = rounding = 0.0
+    for rows, exact, allowed in update.exact(old, arithmetic):
         was, off = old[rows].double(), new[rows].double().sub_(exact)
-        # half a unit in the last place, also below the smallest normal number, over what float32 had got wrong before
-        allowed = error.add_(exact.abs(), alpha=limits.eps / 2).add_(limits.tiny * limits.eps / 2)
-        figures.rounding += _square(off)
+        rounding += _square(off)
         change += _square(exact.sub_(was))
         weight += _square(was)
-        excess = off.abs_().div_(allowed).max().item()
+        excess = off.abs_().div_(allowed.clamp_(min=1e-300)).max().item()  # allowed is 0 where nothing may change
         if not excess <= 1:
-            raise StageFailed(f"{name} is {excess:.1f} × the rounding of {new.dtype} away from base + adapter")
+            how = "" if arithmetic == "float32" else " in peft's arithmetic"
+            raise StageFailed(f"{name} is {excess:.1f} × the rounding of {new.dtype}{how} away from base + adapter")
         worst = max(worst, excess)
-    if torch.equal(old, new):
+    if isinstance(update, LowRank) and torch.equal(old, new):
         raise StageFailed(f"{name} is targeted by the adapter and did not change")
-    figures.worst = max(figures.worst, worst)
-    figures.least_change = min(figures.least_change, (change / weight) ** 0.5 if weight else float("inf"))
+    figures.changed.append(
+        Changed(name, update.kind, _ratio(change, weight), _ratio(rounding, change), round(worst, 4))
+    )
     figures.update += change
+    figures.rounding += rounding
 
 
 def check_logits(
-    base: Base, merged: Path, adapter: Path, prompts: Sequence[Sequence[int]], rounding_share: float, trained_over: str
+    base: Base,
+    merged: Path,
+    adapters: Sequence[Path],
+    prompts: Sequence[Sequence[int]],
+    rounding_share: float,
+    trained_over: str,
 ) -> dict[str, Any]:
-    """The merged model against base + adapter through plain peft, computed in float32 where that fits in memory.
+    """The merged model against base + adapters through plain peft, computed in float32 where that fits in memory.
 
     `trained_over` is the base's quantization in training. The difference, a root mean square over all logits compared,
     may be 4 × the share of the update that rounding is of what the adapter moves the logits by (0.6 to 2.8 × measured,
@@ -112,7 +141,7 @@ def check_logits(
     else:
         say("note: the model does not fit in memory: logits are not compared, the tensors are")
         return {"logits": "not compared: the model does not fit in memory"}
-    adapted, untouched = _adapted(base, adapter, prompts, "none")
+    adapted, untouched = _adapted(base, adapters, prompts, "none")
     found = _logits(load_model(merged, base), prompts)
     difference, effect = _rms(found - adapted), _rms(adapted - untouched)
     bound = max(4 * rounding_share, 0.02) * effect + noise * _rms(adapted)
@@ -131,7 +160,7 @@ def check_logits(
     if trained_over in ("nf4", "int8"):
         receipt |= {"trained_over": trained_over, "kl_from_trained_nats_a_token": None}
         try:
-            drift = _kl(_adapted(base, adapter, prompts, trained_over)[0], found)
+            drift = _kl(_adapted(base, adapters, prompts, trained_over)[0], found)
         except AletheiaError:  # someone asked to stop
             raise
         except Exception as error:  # a figure, no check: not every kind of adapter runs on every quantised layer
@@ -142,11 +171,18 @@ def check_logits(
     return receipt
 
 
-def _adapted(base: Base, adapter: Path, prompts: Sequence[Sequence[int]], quantization: str) -> tuple[Any, Any]:
-    """Logits `(positions, vocabulary)` of base + adapter and of the base alone."""
+def _adapted(
+    base: Base, adapters: Sequence[Path], prompts: Sequence[Sequence[int]], quantization: str
+) -> tuple[Any, Any]:
+    """Logits `(positions, vocabulary)` of base + adapters and of the base alone."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(load_model(base.folder, base, quantization), adapter).eval()
+    model = PeftModel.from_pretrained(load_model(base.folder, base, quantization), adapters[0])
+    names = ["default", *map(str, range(1, len(adapters)))]
+    for name, adapter in zip(names[1:], adapters[1:], strict=True):
+        model.load_adapter(adapter, name)
+    model.base_model.set_adapter(names if len(names) > 1 else names[0])
+    model.eval()
     adapted = _logits(model, prompts)
     with model.disable_adapter():
         return adapted, _logits(model, prompts)
@@ -185,11 +221,9 @@ def _fits(weights: int, device: str) -> bool:
     return 1.5 * weights < free
 
 
-def _bits(tensor: Any) -> Any:
-    """Its bytes: unlike its numbers, they are equal to themselves where one is no number."""
-    import torch
-
-    return tensor.contiguous().flatten().view(torch.uint8)
+def _ratio(one: float, other: float) -> float:
+    """Of two norms, given as sums of squares."""
+    return float((one / other) ** 0.5) if other else float("inf") if one else 0.0
 
 
 def _short(value: float) -> float:

@@ -1,12 +1,72 @@
-"""A model's weights on disk: the safetensors files it is made of, read and written a tensor at a time."""
+"""A model's weights on disk: the safetensors files it is made of, read and written a tensor at a time.
 
+Files are read, not mapped: what is mapped of a shard counts as this process's memory until the shard is closed.
+"""
+
+import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from pipeline.errors import UserError
+from pipeline.records.find import sha256
 
 INDEX = "model.safetensors.index.json"
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' name: torch's
+CHUNK = 1 << 22  # bytes copied at once
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: its dtype as safetensors names it, and its bytes from `start` to `end`."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    def read(self) -> Any:
+        """The tensor, in memory of its own. Floating point only; raises `UserError` where the file ends early."""
+        import torch
+
+        raw = torch.empty(self.end - self.start, dtype=torch.uint8)
+        with self.file.open("rb") as file:
+            file.seek(self.start)
+            if file.readinto(raw.numpy()) < len(raw):
+                raise _cut_off(self.file)
+        return raw.view(getattr(torch, FLOATS[self.dtype])).reshape(self.shape)
+
+    def chunks(self, file: BinaryIO) -> Iterator[bytes]:
+        """Its bytes as they lie in `file`, of any dtype."""
+        file.seek(self.start)
+        for at in range(self.start, self.end, CHUNK):
+            chunk = file.read(min(CHUNK, self.end - at))
+            if len(chunk) < min(CHUNK, self.end - at):
+                raise _cut_off(self.file)
+            yield chunk
+
+
+def stored(file: Path) -> dict[str, Stored]:
+    """Every tensor of a safetensors file, by name, in the order of their bytes: its header is JSON after its length."""
+    with file.open("rb") as opened:
+        begin = 8 + (length := int.from_bytes(opened.read(8), "little"))
+        if begin > file.stat().st_size:
+            raise _cut_off(file)
+        try:
+            found = json.loads(opened.read(length))
+        except ValueError:
+            raise _cut_off(file) from None
+    found.pop("__metadata__", None)
+    places = sorted(found.items(), key=lambda item: item[1]["data_offsets"])
+    return {
+        name: Stored(file, name, at["dtype"], tuple(at["shape"]), *(begin + offset for offset in at["data_offsets"]))
+        for name, at in places
+    }
 
 
 def shards(folder: Path) -> list[Path]:
@@ -22,61 +82,108 @@ def size(folder: Path) -> int:
     return sum(shard.stat().st_size for shard in shards(folder))
 
 
-def tensor_names(folder: Path) -> list[str]:
-    """Of every tensor of the model, sorted."""
-    return sorted(name for name, _ in _slices(folder))
+def tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the model, by name, sorted."""
+    return dict(sorted((name, one) for shard in shards(folder) for name, one in stored(shard).items()))
 
 
 def stored_dtypes(folder: Path) -> set[str]:
     """As safetensors names them: F32, BF16."""
-    return {tensor.get_dtype() for _, tensor in _slices(folder)}
+    return {tensor.dtype for tensor in tensors(folder).values()}
 
 
-def read_tensor(folder: Path, name: str) -> Any:
-    """One tensor. Raises `KeyError` where the model has none of that name."""
-    from safetensors import safe_open
-
-    for shard in shards(folder):
-        with safe_open(shard, framework="pt") as stored:
-            if name in stored.keys():  # noqa: SIM118  (not a dict)
-                return stored.get_tensor(name)
-    raise KeyError(name)
+def same_bytes(one: Stored, other: Stored) -> bool:
+    """Unlike numbers, bytes are equal to themselves also where one is no number."""
+    with one.file.open("rb") as first, other.file.open("rb") as second:
+        return all(a == b for a, b in zip(one.chunks(first), other.chunks(second), strict=True))
 
 
-def rewrite(base: Path, folder: Path, change: Callable[[str, Any], Any]) -> Iterator[str]:
-    """Writes every weight file of `base` into `folder`, each tensor as `change(name, tensor)` gives it; yields names.
+class Journal:
+    """Which files of a folder are whole, each by its SHA-256: a line is written once the file is on the disk.
 
-    Shapes and dtypes stay, so the files keep their headers, and one tensor at a time is in memory.
+    `task` says what they are made of; a journal of another task counts as none.
     """
-    import torch
-    from safetensors import safe_open
 
+    def __init__(self, path: Path, task: str) -> None:
+        self.path, self.task = path, task
+        self.files: dict[str, str] = {}
+
+    def take_up(self, folder: Path) -> None:
+        """Takes over from an earlier journal the files that are still what it says."""
+        try:
+            known = json.loads(self.path.read_text("utf-8"))
+            listed = dict(known["files"]) if known["task"] == self.task else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            listed = {}
+        self.files = {n: d for n, d in listed.items() if (folder / n).is_file() and sha256(folder / n) == d}
+
+    def add(self, name: str, digest: str) -> None:
+        self.files[name] = digest
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        partial.write_text(json.dumps({"task": self.task, "files": self.files}, indent=1) + "\n", "utf-8")
+        sync(partial)
+        os.replace(partial, self.path)
+        sync(self.path.parent)
+
+    def forget(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def rewrite(
+    base: Path, folder: Path, changes: Mapping[str, Callable[[Any], Any]], journal: Journal | None = None
+) -> Iterator[str]:
+    """Writes every weight file of `base` into `folder`, the tensors named in `changes` as these give them; yields names.
+
+    Shapes and dtypes stay, so the files keep their headers; what is not changed is copied byte for byte. One tensor at a
+    time is in memory. A file is synced, then added to the journal; those in it already are not written again.
+    """
     for shard in shards(base):
-        with (
-            safe_open(shard, framework="pt") as stored,
-            shard.open("rb") as old,
-            (folder / shard.name).open("wb") as new,
-        ):
-            length = old.read(8)  # the format: the header's length, the header, the tensors' bytes without a gap
-            header = old.read(int.from_bytes(length, "little"))
-            new.write(length + header)
-            places = {name: at["data_offsets"] for name, at in json.loads(header).items() if name != "__metadata__"}
-            for name in sorted(places, key=places.__getitem__):
-                tensor = stored.get_tensor(name)
-                changed = change(name, tensor)
-                if (changed.dtype, changed.shape) != (tensor.dtype, tensor.shape):
-                    raise ValueError(f"{name} would become {changed.dtype} {tuple(changed.shape)}")
-                new.write(changed.flatten().view(torch.uint8).numpy())
+        if journal and shard.name in journal.files:
+            yield from stored(shard)
+            continue
+        places, digest = stored(shard), hashlib.sha256()
+        with shard.open("rb") as old, (folder / shard.name).open("wb") as new:
+
+            def write(values: Any, new: BinaryIO = new, digest: Any = digest) -> None:
+                new.write(values)
+                digest.update(values)
+
+            length = old.read(8)
+            write(length + old.read(int.from_bytes(length, "little")))
+            for name, tensor in places.items():
+                if name in changes:
+                    write(_changed(tensor, changes[name]))
+                else:
+                    for chunk in tensor.chunks(old):
+                        write(chunk)
                 yield name
+            new.flush()
+            os.fsync(new.fileno())
+        if journal:
+            journal.add(shard.name, digest.hexdigest())
     if (base / INDEX).exists():
-        shutil.copyfile(base / INDEX, folder / INDEX)
+        (folder / INDEX).write_bytes((base / INDEX).read_bytes())
 
 
-def _slices(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Name and `PySafeSlice` (dtype and shape, without the values) of every tensor."""
-    from safetensors import safe_open
+def _changed(tensor: Stored, change: Callable[[Any], Any]) -> Any:
+    """The bytes of a tensor's new values. Raises `ValueError` for other values than the header has room for."""
+    import torch
 
-    for shard in shards(folder):
-        with safe_open(shard, framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118  (not a dict)
-                yield name, stored.get_slice(name)
+    before = tensor.read()
+    after = change(before)
+    if (after.dtype, after.shape) != (before.dtype, before.shape):
+        raise ValueError(f"{tensor.name} would become {after.dtype} {tuple(after.shape)}")
+    return after.contiguous().flatten().view(torch.uint8).numpy()
+
+
+def _cut_off(file: Path) -> UserError:
+    return UserError("is cut off, or no safetensors file", where=str(file), remedy="fetching it again")
+
+
+def sync(path: Path) -> None:
+    """What was written to the file, or the folder's list of files, is on the disk after this."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

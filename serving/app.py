@@ -1,246 +1,260 @@
-"""The engine over HTTP: /health, /v1/models, /v1/chat/completions and /v1/completions, in OpenAI's shapes.
+"""A model over HTTP, as OpenAI's clients and lm-eval ask for it; the same for every engine (`serving/engine.py`).
 
-Streaming and not, `stop`, `temperature`, `top_p`, `max_tokens`. No API key and no limits on bodies or the queue yet, which
-is why the server binds to 127.0.0.1 unless told otherwise.
+    app = build_app(engine, "tiny-merged", config.serve_config, Usage(), api_key=None)
+
+/v1/chat/completions, /v1/completions, /v1/models   OpenAI's
+/tokenize, /detokenize, /tokenizer_info             vLLM's
+/health, /ready, /metrics                           alive; taking requests; Prometheus
+
+Not there: tools, images, structured output, penalties. They are refused by name.
 """
 
-import json
+import asyncio
 import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from pipeline.config import ServeConfig
+from pipeline.data.rows import Message
 from pipeline.errors import UserError
+from serving import protocol
 from serving.engine import Engine, Sampling
-from serving.protocol import ApiError, ChatRequest, CompletionRequest, Request
+from serving.generation import Generator, Order, Prompt
+from serving.limits import LEFT, Door, Gate, read_body
+from serving.metrics import CONTENT_TYPE, Metrics, Usage
+from serving.protocol import ApiError, ChatRequest, CompletionRequest, DetokenizeRequest, StreamOptions, TokenizeRequest
+from serving.reply import Reply
+from serving.text import Vocabulary
+from serving.wording import ChatWording, CompletionWording, Wording
+
+T = TypeVar("T")
+M = TypeVar("M", ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+LONG = 20_000  # characters; what takes longer to tokenise does so in a thread, and others are served meanwhile
 
 
-@dataclass
-class Usage:
-    """What the server has done, for the record."""
+def build_app(
+    engine: Engine, model_name: str, config: ServeConfig, usage: Usage, api_key: str | None = None
+) -> FastAPI:
+    """`app.state.gate` is what `serving.drain.DrainingServer` asks."""
+    front = Front(engine, model_name, config, usage)
 
-    requests: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    errors: int = 0
-    refused: int = 0
-    started: float = field(default_factory=time.time)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of an answer's text; the last has the finish reason and the number of tokens."""
-
-    text: str
-    finish_reason: str | None = None
-    tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How one endpoint words an answer: whole, and in parts."""
-
-    prefix: str
-    object: str
-    chunk_object: str
-    opening: dict[str, Any]
-    whole: Callable[[str], dict[str, Any]]
-    part: Callable[[str], dict[str, Any]]
-
-
-CHAT = Shape(
-    "chatcmpl",
-    "chat.completion",
-    "chat.completion.chunk",
-    opening={"delta": {"role": "assistant", "content": ""}},
-    whole=lambda text: {"message": {"role": "assistant", "content": text}},
-    part=lambda text: {"delta": {"content": text} if text else {}},
-)
-COMPLETION = Shape(
-    "cmpl",
-    "text_completion",
-    "text_completion",
-    opening={},
-    whole=lambda text: {"text": text},
-    part=lambda text: {"text": text},
-)
-
-
-def build_app(engine: Engine, model_name: str, default_max_tokens: int, usage: Usage) -> FastAPI:
     @asynccontextmanager
     async def running(_: FastAPI) -> AsyncIterator[None]:
         engine.start()
-        yield
-        engine.stop()
-
-    app = FastAPI(lifespan=running, title="Aletheia", docs_url=None, redoc_url=None)
-    tokenizer = engine.chat.tokenizer
-
-    @app.get("/health")
-    def health() -> JSONResponse:
-        return JSONResponse({"status": "ok" if engine.alive else "failed"}, status_code=200 if engine.alive else 503)
-
-    @app.get("/v1/models")
-    def models() -> dict[str, Any]:
-        card = {"id": model_name, "object": "model", "created": int(usage.started), "owned_by": "aletheia"}
-        return {"object": "list", "data": [card | {"max_model_len": engine.context}]}
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: ChatRequest, http: HttpRequest) -> Any:
-        reserved = engine.chat.reserved_in(request.messages)
-        if reserved:
-            raise ApiError(
-                400, f"messages hold the special token {reserved}, which would forge a turn", param="messages"
-            )
+        front.gate.ready = True
         try:
-            prompt = engine.chat.prompt(request.messages)
-        except UserError as error:
-            raise ApiError(400, str(error), param="messages") from None
-        wanted = request.max_completion_tokens or request.max_tokens
-        return await respond(request, http, prompt, wanted, CHAT)
+            yield
+        finally:
+            engine.stop()
 
-    @app.post("/v1/completions")
-    async def completions(request: CompletionRequest, http: HttpRequest) -> Any:
-        prompt = request.prompt
-        if isinstance(prompt, str):
-            prompt = tokenizer(prompt)["input_ids"]
-        if not prompt or not all(0 <= token < len(tokenizer) for token in prompt):
-            raise ApiError(400, "prompt must be text or token ids of this model, and not empty", param="prompt")
-        return await respond(request, http, prompt, request.max_tokens, COMPLETION)
-
-    async def respond(
-        request: Request, http: HttpRequest, prompt: list[int], max_tokens: int | None, shape: Shape
-    ) -> Any:
-        if request.model != model_name:
-            raise ApiError(
-                404, f"the model `{request.model}` does not exist; this server has `{model_name}`",
-                param="model", code="model_not_found",
-            )  # fmt: skip
-        room = engine.context - len(prompt)
-        wanted = max_tokens if max_tokens is not None else min(default_max_tokens, max(room, 0))
-        if room < max(wanted, 1):
-            raise ApiError(
-                400,
-                f"the prompt has {len(prompt)} tokens and {wanted} were asked for; the context holds {engine.context}",
-                param="messages" if isinstance(request, ChatRequest) else "prompt",
-                code="context_length_exceeded",
-            )
-        usage.requests += 1
-        pieces = _pieces(engine, prompt, Sampling(wanted, request.temperature, request.top_p), request.stops, usage)
-        head = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model_name}
-        if request.stream:
-            with_usage = bool(request.stream_options and request.stream_options.include_usage)
-            return StreamingResponse(
-                _events(pieces, shape, head, len(prompt), with_usage, usage), media_type="text/event-stream"
-            )
-        text, last = "", Piece("")
-        async for last in pieces:
-            text += last.text
-            if await http.is_disconnected():  # nobody waits for the answer: its slot is another's
-                await pieces.aclose()
-                return Response(status_code=499)
-        choice = shape.whole(text) | {"index": 0, "finish_reason": last.finish_reason, "logprobs": None}
-        return head | {"object": shape.object, "choices": [choice], "usage": _usage(len(prompt), last.tokens)}
-
-    @app.exception_handler(ApiError)
-    async def api_error(_: Any, error: ApiError) -> JSONResponse:
-        usage.refused += 1
-        return JSONResponse(error.body, status_code=error.status)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Any, error: RequestValidationError) -> JSONResponse:
-        return await api_error(_, _validation_error(error))
-
-    @app.exception_handler(HTTPException)
-    async def http_error(_: Any, error: HTTPException) -> JSONResponse:
-        return await api_error(_, ApiError(error.status_code, str(error.detail)))
-
-    @app.exception_handler(Exception)
-    async def failed(_: Any, error: Exception) -> JSONResponse:
-        usage.errors += 1
-        return JSONResponse(ApiError(500, f"generation failed: {error}").body, status_code=500)
-
+    app = FastAPI(lifespan=running, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.state.gate = front.gate
+    for path, (method, handler) in front.endpoints.items():
+        app.add_api_route(path, handler, methods=[method], response_model=None)
+    app.add_middleware(
+        Door, gate=front.gate, metrics=front.metrics, api_key=api_key, endpoints=frozenset(front.endpoints)
+    )
+    app.add_exception_handler(ApiError, front.refused)
+    app.add_exception_handler(HTTPException, front.no_such_endpoint)
+    app.add_exception_handler(ClientDisconnect, lambda *_: Response(status_code=LEFT))
+    app.add_exception_handler(Exception, front.failed)
     return app
 
 
-async def _pieces(
-    engine: Engine, prompt: list[int], sampling: Sampling, stops: list[str], usage: Usage
-) -> AsyncGenerator[Piece]:
-    """The answer's text in parts that are safe to send: no half character, and nothing that may begin a stop string."""
-    usage.prompt_tokens += len(prompt)
-    sent, answer = "", None
-    held_back = max((len(stop) for stop in stops), default=1) - 1
-    answers = engine.generate(prompt, sampling)
-    try:
-        async for answer in answers:
-            text = engine.chat.tokenizer.decode(answer.tokens, skip_special_tokens=True)
-            cut = min((at for at in (text.find(stop) for stop in stops) if at >= 0), default=-1)
-            if cut >= 0:
-                yield Piece(text[len(sent) : cut], "stop", len(answer.tokens))
-                return
-            if answer.finish_reason:
-                yield Piece(text[len(sent) :], answer.finish_reason, len(answer.tokens))
-                return
-            safe = text[: len(text) - held_back] if held_back else text
-            if not text.endswith("\ufffd") and len(safe) > len(sent):
-                yield Piece(safe[len(sent) :])
-                sent = safe
-    finally:
-        usage.completion_tokens += len(answer.tokens) if answer else 0
-        await answers.aclose()
+class Front:
+    """The endpoints of one model."""
 
+    def __init__(self, engine: Engine, model: str, config: ServeConfig, usage: Usage) -> None:
+        self.engine, self.model, self.config, self.usage = engine, model, config, usage
+        self.gate, self.metrics = Gate(config), Metrics(usage)
+        self.vocabulary = Vocabulary(engine.chat.tokenizer)
+        self.generator = Generator(engine, self.vocabulary, self.gate, self.metrics)
+        self.endpoints: dict[str, tuple[str, Callable[..., Any]]] = {
+            "/v1/chat/completions": ("POST", self.chat_completions),
+            "/v1/completions": ("POST", self.completions),
+            "/v1/models": ("GET", self.models),
+            "/v1/models/{name:path}": ("GET", self.one_model),
+            "/tokenize": ("POST", self.tokenize),
+            "/detokenize": ("POST", self.detokenize),
+            "/tokenizer_info": ("GET", self.tokenizer_info),
+            "/health": ("GET", self.health),
+            "/ready": ("GET", self.ready),
+            "/metrics": ("GET", self.prometheus),
+        }
 
-async def _events(
-    pieces: AsyncIterator[Piece], shape: Shape, head: dict[str, Any], prompt_tokens: int, with_usage: bool, usage: Usage
-) -> AsyncIterator[str]:
-    """Server-sent events. An error after the first byte can only be told inside the stream, and is."""
+    # ── Generation ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def event(body: dict[str, Any]) -> str:
-        return f"data: {json.dumps(head | {'object': shape.chunk_object} | body, ensure_ascii=False)}\n\n"
+    async def chat_completions(self, http: Request) -> Response:
+        request, began = await self._read(http, ChatRequest)
+        prompt = Prompt(await self._rendered(request.messages))
+        return self._reply(request, [prompt], ChatWording(self.vocabulary, request.top), "messages", began)
 
-    def choice(delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-        return {"choices": [delta | {"index": 0, "finish_reason": finish_reason, "logprobs": None}]}
+    async def completions(self, http: Request) -> Response:
+        request, began = await self._read(http, CompletionRequest)
+        prompts = [await self._prompt(prompt, request.echo) for prompt in request.prompt]
+        return self._reply(request, prompts, CompletionWording(self.vocabulary, request.top), "prompt", began)
 
-    last = Piece("")
-    try:
-        if shape.opening:
-            yield event(choice(shape.opening))
-        async for last in pieces:
-            if last.text:
-                yield event(choice(shape.part(last.text)))
-        yield event(choice(shape.part(""), last.finish_reason))
-        if with_usage:
-            yield event({"choices": [], "usage": _usage(prompt_tokens, last.tokens)})
-    except Exception as error:
-        usage.errors += 1
-        yield f"data: {json.dumps(ApiError(500, f'generation failed: {error}').body)}\n\n"
-    yield "data: [DONE]\n\n"
-
-
-def _usage(prompt: int, completion: int) -> dict[str, int]:
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-
-def _validation_error(error: RequestValidationError) -> ApiError:
-    first = error.errors()[0]
-    members = () if first["type"] == "extra_forbidden" else ("str", "list[str]", "list[int]")  # pydantic's, of unions
-    where = ".".join(str(part) for part in first["loc"][1:] if part not in members)
-    what = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-    if first["type"] == "extra_forbidden":
-        return ApiError(
-            400, f"this server does not know or support `{where}`", param=where, code="unsupported_parameter"
+    def _reply(
+        self,
+        request: ChatRequest | CompletionRequest,
+        prompts: list[Prompt],
+        wording: Wording,
+        param: str,
+        began: float,
+    ) -> Reply:
+        longest = max(len(prompt.ids) for prompt in prompts)
+        room, wanted = self.engine.context - longest, request.wanted_tokens
+        if wanted is None:
+            wanted = max(min(self.config.max_tokens, room), 1)
+        if wanted > room:
+            raise ApiError(
+                400,
+                f"the prompt has {longest} tokens and {wanted} were asked for; the context holds {self.engine.context}",
+                param=param,
+                code="context_length_exceeded",
+            )
+        if not self.engine.alive:
+            raise ApiError(503, "the model's engine has ended")
+        completion = isinstance(request, CompletionRequest)
+        order = Order(
+            prompts,
+            request.n,
+            Sampling(wanted, request.temperature, request.top_p, request.seed, request.top),
+            request.stop,
+            echo=isinstance(request, CompletionRequest) and request.echo,
+            continues=completion,
         )
-    if first["type"] == "missing":
-        return ApiError(400, f"`{where or 'the body'}` is missing", param=where or None)
-    return ApiError(400, f"{where}: {what}" if where else what, param=where or None)
+        stream = (request.stream_options or StreamOptions()) if request.stream else None
+        return Reply(self.generator, order, wording, model=self.model, stream=stream, began=began)
+
+    # ── Tokens ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def tokenize(self, http: Request) -> Response:
+        request, _ = await self._read(http, TokenizeRequest)
+        if request.messages is not None:
+            ids = await self._rendered(request.messages, request.add_generation_prompt)
+        else:
+            assert request.prompt is not None
+            ids = await self._tokenized(request.prompt, request.add_special_tokens is not False)
+        pieces = self.vocabulary.tokenizer.convert_ids_to_tokens(ids) if request.return_token_strs else None
+        answer = {"count": len(ids), "max_model_len": self.engine.context, "tokens": ids, "token_strs": pieces}
+        return JSONResponse(answer)
+
+    async def detokenize(self, http: Request) -> Response:
+        request, _ = await self._read(http, DetokenizeRequest)
+        self._check_ids(request.tokens, "tokens")
+        return JSONResponse({"prompt": await _apart(len(request.tokens), self.vocabulary.decode, request.tokens)})
+
+    async def tokenizer_info(self) -> Response:
+        """What lm-eval's remote tokenizer reads."""
+        tokenizer = self.vocabulary.tokenizer
+        names = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")
+        return JSONResponse({"tokenizer_class": type(tokenizer).__name__} | {n: getattr(tokenizer, n) for n in names})
+
+    async def _prompt(self, prompt: str | list[int], echo: bool) -> Prompt:
+        if isinstance(prompt, str):
+            ids = await self._tokenized(prompt)
+            if not ids:
+                raise ApiError(400, "the prompt has no tokens", param="prompt")
+            return Prompt(ids, prompt)
+        self._check_ids(prompt, "prompt")
+        return Prompt(prompt, self.vocabulary.decode(prompt) if echo else "")
+
+    async def _tokenized(self, text: str, special: bool = True) -> list[int]:
+        tokenize = self.vocabulary.tokenizer
+        encoded = await _apart(len(text), lambda: tokenize(text, add_special_tokens=special))
+        ids: list[int] = encoded["input_ids"]
+        return ids
+
+    async def _rendered(self, messages: Sequence[Message], generation_prompt: bool = True) -> list[int]:
+        return await _apart(sum(len(m.content) for m in messages), self._render, messages, generation_prompt)
+
+    def _render(self, messages: Sequence[Message], generation_prompt: bool) -> list[int]:
+        """As in training. Raises `ApiError` for what would forge a turn, or what the template refuses."""
+        chat = self.engine.chat
+        if reserved := chat.reserved_in(messages):
+            what = f"messages hold the special token {reserved}, which would forge a turn"
+            raise ApiError(400, what, param="messages")
+        try:
+            if generation_prompt:
+                return chat.prompt(messages)
+            turns = [{"role": m.role, "content": m.content} for m in messages]
+            ids: list[int] = chat.tokenizer.apply_chat_template(turns, return_dict=False)
+        except UserError as error:
+            raise ApiError(400, str(error), param="messages") from None
+        except Exception as error:  # a template is a program of its own
+            raise ApiError(400, f"the chat template refuses the messages: {error}", param="messages") from None
+        return ids
+
+    def _check_ids(self, ids: Sequence[int], param: str) -> None:
+        if ids and not (min(ids) >= 0 and max(ids) < self.vocabulary.size):
+            what = f"the {param} must be token ids of this model, 0 to {self.vocabulary.size - 1}"
+            raise ApiError(400, what, param=param)
+
+    # ── The server ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def models(self) -> Response:
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def one_model(self, name: str) -> Response:
+        self._check_model(name)
+        return JSONResponse(self._card())
+
+    def _card(self) -> dict[str, Any]:
+        card = {"id": self.model, "object": "model", "created": int(self.usage.started), "owned_by": "aletheia"}
+        return card | {"max_model_len": self.engine.context}
+
+    async def health(self) -> Response:
+        alive = self.engine.alive
+        return JSONResponse({"status": "ok" if alive else "failed"}, status_code=200 if alive else 503)
+
+    async def ready(self) -> Response:
+        gate = self.gate
+        if gate.ready and self.engine.alive and not gate.draining:
+            return JSONResponse({"status": "ready"})
+        what = "draining" if gate.draining else "failed" if gate.ready else "starting"
+        return JSONResponse({"status": what}, status_code=503)
+
+    async def prometheus(self) -> Response:
+        return PlainTextResponse(self.metrics.text(self.gate.running, self.gate.waiting), media_type=CONTENT_TYPE)
+
+    # ── What both ways have in common ────────────────────────────────────────────────────────────────────────────────
+
+    async def _read(self, http: Request, kind: type[M]) -> tuple[M, float]:
+        """The request, and when it was there whole. Raises `ApiError`."""
+        # a page of another site can send any other type unasked, but not this one
+        if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(415, "the content type must be application/json")
+        body = await read_body(http, int(self.config.max_body_mb * 1e6))
+        began = time.monotonic()
+        request = protocol.parsed(kind, body)
+        if request.model is not None:
+            self._check_model(request.model)
+        return request, began
+
+    def _check_model(self, name: str) -> None:
+        if name != self.model:
+            what = f"the model `{name}` does not exist; this server has `{self.model}`"
+            raise ApiError(404, what, param="model", code="model_not_found")
+
+    async def refused(self, _: Request, error: Any) -> Response:
+        self.usage.refused += not error.counted
+        return JSONResponse(error.body, error.status, error.headers)
+
+    async def no_such_endpoint(self, http: Request, error: Any) -> Response:
+        return await self.refused(http, ApiError(error.status_code, str(error.detail), headers=error.headers))
+
+    async def failed(self, _: Request, error: Exception) -> Response:
+        """A fault of the server: its traceback follows on stderr."""
+        self.usage.errors += 1
+        return JSONResponse(ApiError(500, f"a fault of the server: {type(error).__name__}").body, 500)
+
+
+async def _apart(size: int, work: Callable[..., T], *arguments: Any) -> T:
+    return await asyncio.to_thread(work, *arguments) if size > LONG else work(*arguments)

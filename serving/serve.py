@@ -1,15 +1,20 @@
 """Serve: an OpenAI-compatible endpoint for the newest merged model, else the newest adapter.
 
-    aletheia serve --profile tiny        make serve PROFILE=tiny
+    aletheia serve --profile tiny        make serve PROFILE=tiny BACKEND=vllm
 
-Listens on 127.0.0.1:8000 until Ctrl-C or SIGTERM, which end it in order: the record is then complete and says what was
-served. Refuses a model whose chat template is not the one that was trained. One backend for now: `transformers`,
-continuous batching in this environment; the merged folder also loads in any server that takes a transformers folder.
+Listens on 127.0.0.1:8000 until Ctrl-C or SIGTERM, which end it in order: what runs is answered, and the record is complete
+and says what was served, by what, and how much. Says which backend it took and why (`serving.backends`). Refuses a model
+whose chat template is not the one that was trained. The API key is the environment's ALETHEIA_API_KEY.
 """
 
+import os
+import signal
 import socket
+import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pipeline.chat import Chat, Contract
@@ -19,8 +24,14 @@ from pipeline.progress import duration, say
 from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Input
 from pipeline.stage import Job, Source, take
+from serving.backends import Choice, choose
+from serving.engine import Engine
+from serving.feedback import NAME as FEEDBACK
+from serving.vllm_server import LOG, VllmServer, counts
 
-BACKENDS = ("auto", "transformers")
+HEADER_BYTES = 1 << 16  # of a request's head, at most
+KEEP_ALIVE = 15  # seconds that a connection may be idle
+CLOSING = 5  # seconds, once all is answered, for clients to read it
 
 
 @dataclass
@@ -31,67 +42,139 @@ class Serve:
     base: Base
     chat: Chat
     source: Source
+    choice: Choice
+    context: int
+    gguf: Path | None  # llamacpp's model
+    vllm: VllmServer | None
     listener: socket.socket
     inputs: list[Input]
 
+    def __post_init__(self) -> None:
+        self.host, self.port = self.listener.getsockname()[:2]
+        self.model_name = model_name(self.job, self.source)
+
     @classmethod
     def prepare(cls, job: Job) -> Self:
+        choice = choose(job)
         source, base, chat = servable(job)
+        context, gguf, vllm, inputs = _context(job, base), None, None, [source.input]
+        if choice.environment:
+            vllm = VllmServer.prepare(job, choice.environment, source, base, chat, model_name(job, source), context)
+            inputs += vllm.inputs
+        if choice.backend == "llamacpp":
+            from serving.llamacpp_engine import find_gguf
+
+            gguf = find_gguf(job, source)
         config = job.config.serve_config
-        return cls(job, base, chat, source, _listen(config.host, config.port), [source.input])
+        listener = _listen(config.host, config.port)
+        return cls(job, base, chat, source, choice, context, gguf, vllm, listener, inputs)
 
     @property
-    def model_name(self) -> str:
-        return model_name(self.job, self.source)
+    def address(self) -> str:
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}/v1"
 
     def plan(self) -> list[tuple[str, str]]:
-        host, port = self.listener.getsockname()[:2]
-        return [("model", f"{self.model_name} ({self.source.file.id})"), ("address", f"http://{host}:{port}/v1")]
+        rows = [
+            ("model", f"{self.model_name} ({self.source.file.id})"),
+            ("backend", str(self.choice)),
+            ("address", self.address),
+        ]
+        if self.gguf:
+            rows.append(("file", self.job.workspace.shown(self.gguf)))
+        if self.vllm and self.vllm.loras:
+            rows.append(("adapters", ", ".join(f"{lora.name}, rank {lora.rank}" for lora in self.vllm.loras)))
+        return rows
 
     def run(self, record: Record) -> None:
+        began, facts = time.monotonic(), record.facts
+        facts.lineage.base = {"name": self.base.name, "revision": self.base.revision}
+        facts.data = {"contract": self.chat.contract.sha256, "template": self.chat.contract.facts()}
+        results = {
+            "address": self.address,
+            "model": self.model_name,
+            "backend": self.choice.backend,
+            "version": self.choice.version,
+            "reason": self.choice.reason,
+        } | ({"gguf": self.job.workspace.shown(self.gguf)} if self.gguf else {})
+
+        def ready() -> None:
+            """The record tells the address from now on."""
+            say(f"serving {self.model_name} at {self.address}  {self.choice}")
+            say(f"ready after {duration(time.monotonic() - began)}; Ctrl-C stops it")
+            facts.results = results
+            record.save()
+
+        if not _is_loopback(self.host) and not _api_key():
+            say(
+                f"note: {self.host} is open to the network without an API key: set ALETHEIA_API_KEY, or anyone can use it"
+            )
+        counted = self._vllm(record, ready) if self.vllm else self._front(record, ready)
+        facts.results = results | counted
+        told = (counted.get(name, "unknown") for name in ("requests", "completion_tokens", "refused", "errors"))
+        say("served {} requests, {} tokens; {} refused, {} failed".format(*told))
+
+    def _front(self, record: Record, ready: Callable[[], None]) -> dict[str, Any]:
+        """This project's own server, around an engine."""
         import uvicorn
 
-        from serving.app import Usage, build_app
-        from serving.transformers_engine import TransformersEngine
+        from serving.app import build_app
+        from serving.drain import DrainingServer
+        from serving.metrics import Usage
+        from serving.page import Page
 
-        config = self.job.config.serve_config
-        began = time.monotonic()
-        record.facts.lineage.base = {"name": self.base.name, "revision": self.base.revision}
-        record.facts.data = {"contract": self.chat.contract.sha256, "template": self.chat.contract.facts()}
-        model = load_source(self.source, self.base)
-        context = int(model.config.max_position_embeddings)
-        usage = Usage()
-        app = build_app(
-            TransformersEngine(model, self.chat, context, config.max_concurrent),
-            self.model_name,
-            config.max_tokens,
-            usage,
+        config, usage = self.job.config.serve_config, Usage()
+        app = build_app(self._engine(), self.model_name, config, usage, _api_key())
+        page = Page(
+            app,
+            feedback=record.folder / FEEDBACK,
+            model=self.model_name,
+            api_key=_api_key(),
+            contract=self.chat.contract.sha256,
         )
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30))
-        host, port = self.listener.getsockname()[:2]
-        address = f"http://{host}:{port}/v1"
-        say(
-            f"serving {self.model_name} at {address}  backend transformers on {self.base.device}, the only one built yet"
+        options = uvicorn.Config(
+            page,
+            log_level="warning",
+            http="h11",
+            h11_max_incomplete_event_size=HEADER_BYTES,
+            timeout_keep_alive=KEEP_ALIVE,
+            timeout_graceful_shutdown=CLOSING,
         )
-        if not host.startswith("127.") and host != "::1":
-            say(f"note: {host} is open to the network and there is no API key: anyone who reaches it can use it")
-        say(f"ready after {duration(time.monotonic() - began)}; Ctrl-C stops it")
-        record.facts.results = {"address": address, "model": self.model_name, "backend": "transformers"}
-        record.save()
-        with record.stop.deferred():  # uvicorn drains on the first signal and passes it on when it is done
-            server.run(sockets=[self.listener])
+        ready()  # the socket listens: who comes now waits for the event loop
+        if threading.current_thread() is threading.main_thread():  # a closed terminal: uvicorn heeds only the other two
+            signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+        with record.stop.deferred():  # uvicorn takes the first signal, drains, and passes it on when it is done
+            DrainingServer(options, app.state.gate).run(sockets=[self.listener])
         if not record.stop.requested:
             raise StageFailed("the server ended by itself")
-        record.facts.results |= {
-            "requests": usage.requests,
-            "refused": usage.refused,
-            "errors": usage.errors,
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
-        }
-        say(
-            f"served {usage.requests} requests, {usage.completion_tokens} tokens; {usage.refused} refused, {usage.errors} failed"
-        )
+        return {name: value for name, value in asdict(usage).items() if name != "started"}
+
+    def _vllm(self, record: Record, ready: Callable[[], None]) -> dict[str, Any]:
+        """vLLM's server, as a child."""
+        assert self.vllm is not None
+        self.listener.close()  # bound to see that the port is free; vLLM binds it itself
+        say(f"starting vLLM, a minute or more; its log is {record.workspace.shown(record.folder / LOG)}")
+        try:
+            self.vllm.serve(record, self.host, self.port, self.model_name, ready)
+        finally:  # of one that crashed too
+            record.facts.results |= counts(record)
+        return dict(counts(record))
+
+    def _engine(self) -> Engine:
+        config = self.job.config.serve_config
+        if self.gguf:
+            from serving.llamacpp_engine import LlamaCppEngine
+
+            llama = LlamaCppEngine(
+                self.gguf, self.chat, self.context, config.max_concurrent, config.threads, config.kv_cache_gb
+            )
+            llama.start()  # here, where it can be told that it does not
+            return llama
+        from serving.transformers_engine import TransformersEngine, use_threads
+
+        if self.base.device == "cpu":
+            use_threads(config.threads)
+        model = load_source(self.source, self.base)
+        return TransformersEngine(model, self.chat, self.context, config.max_concurrent, config.kv_cache_gb)
 
 
 def servable(job: Job) -> tuple[Source, Base, Chat]:
@@ -122,6 +205,26 @@ def load_source(source: Source, base: Base) -> Any:
 def model_name(job: Job, source: Source) -> str:
     """The name of the link in checkpoints/: tiny-merged, tiny-dpo, tiny-sft."""
     return f"{job.config.name}-{'merged' if source.facts.stage == 'merge' else source.facts.stage}"
+
+
+def _context(job: Job, base: Base) -> int:
+    """Tokens, prompt and answer together. Raises `UserError` for more than the model was made for."""
+    wanted, most = job.config.serve_config.context, base.context
+    if wanted and most and wanted > most:
+        raise job.profile.error("serve_config.context", f"the model holds {most} tokens, not {wanted}", f"{most}")
+    if not wanted and not most:
+        what = "the model does not say how many tokens it holds"
+        raise job.profile.error("serve_config.context", what, "--set serve_config.context=4096")
+    return int(wanted or most or 0)
+
+
+def _api_key() -> str | None:
+    """From the environment, so that it stands in no command line, record or log."""
+    return os.environ.get("ALETHEIA_API_KEY") or None
+
+
+def _is_loopback(host: str) -> bool:
+    return host.startswith("127.") or host == "::1"
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -141,3 +141,21 @@ def degrade_(
     from aletheia.data.degrade import write_degraded
 
     write_degraded(path, to.value, output)
+
+
+@app.command("feedback")
+def feedback_(
+    to: Annotated[Path, typer.Option("--to", help="The JSONL file of pairs to write.")],
+    paths: Annotated[
+        list[str] | None, typer.Argument(metavar="[EXP|FILE]...", help="Servers' records; default: all of them.")
+    ] = None,
+    add: Annotated[bool, typer.Option("--add", help="Add to the file what it does not hold yet.")] = False,
+) -> None:
+    """What people thought of served answers, as preference pairs; says which ratings give none, and why.
+
+    \b
+    Example:  aletheia data feedback EXP-2026-11-20-007 --to data/dpo/feedback.jsonl
+    """
+    from aletheia.data.feedback import write_pairs
+
+    write_pairs(paths or [], to, add)

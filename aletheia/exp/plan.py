@@ -60,7 +60,13 @@ def plan(
     return path
 
 
-TAKES = {"dpo": ["sft"], "merge": ["dpo", "sft"], "serve": ["merge", "dpo", "sft"], "eval": ["merge", "dpo", "sft"]}
+TAKES = {
+    "dpo": ["sft"],
+    "merge": ["dpo", "sft"],
+    "export": ["merge"],
+    "serve": ["merge", "dpo", "sft"],
+    "eval": ["merge", "dpo", "sft"],
+}
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,10 @@ def stage_class(name: str) -> Any:
         from pipeline.merge import Merge
 
         return Merge
+    if name == "export":
+        from pipeline.export import Export
+
+        return Export
     if name == "serve":
         from serving.serve import Serve
 

@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 from pipeline.records import ids
 from pipeline.records.schema import SCHEMA_VERSION, Criterion, Facts
 
-StageName = Literal["data", "sft", "dpo", "merge", "serve", "eval"]
+StageName = Literal["data", "sft", "dpo", "merge", "export", "serve", "eval"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 RECORD_ID = ids.ID.pattern
 INSTEAD = {  # a key of the program's that a person may want, and theirs for it

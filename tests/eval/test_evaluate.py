@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from pipeline.chat import Chat
 from pipeline.data.read import read_rows
 from pipeline.data.rows import Conversation, PreferencePair, Question, Row
 from pipeline.data.split import split
-from pipeline.errors import UserError
+from pipeline.errors import StageFailed, UserError
+from pipeline.records.file import RecordFile
 from pipeline.records.find import artifacts
 from pipeline.records.lifecycle import Record
 from pipeline.stage import run_stage
@@ -163,6 +165,60 @@ def test_parts_can_be_asked_for_alone(own: "Trained") -> None:
     assert (len(items.questions), items.conversations, items.pairs, items.tasks) == (QUESTIONS, (), (), ())
     plan = dict(Evaluate.prepare(own.job(parts=("heldout",))).plan())
     assert (plan["held out"], plan["benchmarks"]) == ("5 conversations, 5 pairs", "none")
+
+
+# ── parity, and an endpoint ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_record_says_that_the_prompts_are_those_of_training(record: Record) -> None:
+    parity = record.facts.results["parity"]
+    assert parity["prompts"] >= 10
+    assert parity["in_process"] == {
+        "backend": "transformers, plain", "verdict": "equal where compared",
+        "token_ids": "equal", "bos": "equal", "stop": "equal", "log_probs": "not compared",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def endpoint(own: "Trained", models: Any, chat: Chat) -> Iterator[Callable[[Any], str]]:
+    """`endpoint(model)`: the address of a server of that model."""
+    from pipeline.config import ServeConfig
+    from serving.app import Usage, build_app
+    from serving.transformers_engine import TransformersEngine
+    from tests.serving.in_process import serving
+
+    with ExitStack() as stack:
+
+        def start(model: Any) -> str:
+            app = build_app(TransformersEngine(model, chat, 2048, 8), "small-merged", ServeConfig(), Usage())
+            return stack.enter_context(serving(app))
+
+        yield start
+
+
+def test_answers_come_over_the_endpoint_after_its_parity(
+    own: "Trained", record: Record, models: Any, endpoint: Callable[[Any], str]
+) -> None:
+    job = own.job(f"eval_config.endpoint={endpoint(models[1])}", parts=("winrate",))
+    served = run_stage(Evaluate, job)
+    assert served.facts.results["parity"]["endpoint"]["verdict"] == "equal"
+    there, here = ((r.folder / "answers.jsonl").read_text("utf-8").splitlines() for r in (served, record))
+    assert [json.loads(row)["model"] for row in there] == [json.loads(row)["model"] for row in here]
+    assert served.facts.results["win_rate"]["value"] == record.facts.results["win_rate"]["value"]
+
+
+def test_an_endpoint_of_another_model_is_not_judged(
+    own: "Trained", models: Any, endpoint: Callable[[Any], str]
+) -> None:
+    address = endpoint(models[0])
+    what = f"{address.removesuffix('/v1')} is not small-merged: log-probs differ"
+    with pytest.raises(StageFailed, match=what):
+        run_stage(Evaluate, own.job(f"eval_config.endpoint={address}", parts=("winrate",)))
+    newest = max(own.workspace.experiments.glob("EXP-*.yaml"))
+    facts = RecordFile(newest).facts()
+    assert facts is not None and facts.status == "failed"
+    assert facts.results["parity"]["endpoint"]["verdict"] == "DIFFERS"
+    assert "win_rate" not in facts.results
 
 
 # ── another lineage ──────────────────────────────────────────────────────────────────────────────────────────────────

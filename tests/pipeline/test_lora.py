@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipeline import lora
 from pipeline.errors import UserError
 from pipeline.model import Base, load_model
 from pipeline.shards import rewrite
+from pipeline.update import Adapter, LowRank
 
 WEIGHTS = "adapter_model.safetensors"
 KINDS: dict[str, dict[str, Any]] = {
@@ -29,9 +31,14 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def merge(base: Path, adapter: Path, folder: Path) -> dict[str, torch.Tensor]:
+def merge(base: Path, adapter: Path, folder: Path, arithmetic: Any = "float32") -> dict[str, torch.Tensor]:
     folder.mkdir()
-    names = list(rewrite(base, folder, lora.read(adapter, base).merged))
+    updates = lora.read(adapter, base).updates
+
+    def change(weight: torch.Tensor, name: str) -> torch.Tensor:
+        return updates[name].merged(weight, arithmetic)
+
+    names = list(rewrite(base, folder, {name: partial(change, name=name) for name in updates}))
     found = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert sorted(names) == sorted(found)
     return found
@@ -40,6 +47,41 @@ def merge(base: Path, adapter: Path, folder: Path) -> dict[str, torch.Tensor]:
 def logits(model: Any) -> torch.Tensor:
     with torch.inference_mode():
         return model.eval()(input_ids=torch.tensor([[0, 17, 400, 9, 31, 300, 301, 7]])).logits.float()
+
+
+def check(folder: Path, adapter: Path, work: Path, dtype: torch.dtype, roundings: int = 1) -> None:
+    """Merged in peft's arithmetic it is what peft merges, bit for bit; in float32 within as many roundings of peft's.
+
+    And its logits, computed in float32, are those of base + adapter.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    found, as_peft = merge(folder, adapter, work / "merged"), merge(folder, adapter, work / "as-peft", "peft")
+    before = load_file(folder / "model.safetensors")
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), adapter)
+    expected = peft.merge_and_unload().state_dict()
+    one_step = roundings * {torch.float32: 4e-7, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    changed = 0
+    for name, tensor in found.items():
+        assert tensor.dtype == as_peft[name].dtype == dtype
+        assert torch.equal(as_peft[name], expected[name]), name
+        near_zero = 2**-22 * tensor.abs().max().item()  # both are sums in float32
+        if roundings > 1:  # of the update itself, before it is added
+            near_zero += one_step * (tensor.float() - before[name].float()).abs().max().item()
+        torch.testing.assert_close(tensor, expected[name], rtol=one_step, atol=near_zero, msg=name)
+        changed += not torch.equal(tensor, before[name])
+        assert dtype == torch.float32 or roundings > 1 or (tensor != expected[name]).float().mean() < 1e-3, name
+    assert changed == len(lora.read(adapter, folder).updates) > 0
+
+    # and the logits of base + adapter, both computed in float32
+    shutil.copyfile(folder / "config.json", work / "merged" / "config.json")
+    models = [AutoModelForCausalLM.from_pretrained(at, dtype=torch.float32) for at in (folder, work / "merged")]
+    untouched, merged = logits(models[0]), logits(models[1])
+    adapted = logits(PeftModel.from_pretrained(models[0], adapter))
+    moved = (adapted - untouched).pow(2).mean().sqrt()
+    share = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
+    assert moved > 0.01 and (merged - adapted).pow(2).mean().sqrt() < share * moved
 
 
 @pytest.mark.parametrize(
@@ -52,55 +94,124 @@ def logits(model: Any) -> torch.Tensor:
 def test_merged_is_what_peft_merges_and_computes(
     stored_as: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path, kind: str, dtype: torch.dtype
 ) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     folder = stored_as(tmp_path / "base", dtype)
-    adapter = make_adapter(folder, **KINDS[kind])
-    found = merge(folder, adapter, tmp_path / "merged")
-    before = load_file(folder / "model.safetensors")
+    check(folder, make_adapter(folder, **KINDS[kind]), tmp_path, dtype)
 
-    # peft's own merge, of the weights as stored
-    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), adapter)
-    expected = peft.merge_and_unload().state_dict()
-    one_step = {torch.float32: 4e-7, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
-    changed = 0
-    for name, tensor in found.items():
-        assert tensor.dtype == dtype
-        near_zero = 2**-22 * tensor.abs().max().item()  # both are sums in float32
-        torch.testing.assert_close(tensor, expected[name], rtol=one_step, atol=near_zero, msg=name)
-        changed += not torch.equal(tensor, before[name])
-        assert dtype == torch.float32 or (tensor != expected[name]).float().mean() < 1e-3, name
-    assert changed == len(lora.read(adapter, folder).updates) > 0
 
-    # and the logits of base + adapter, both computed in float32
-    shutil.copyfile(folder / "config.json", tmp_path / "merged" / "config.json")
-    models = [AutoModelForCausalLM.from_pretrained(at, dtype=torch.float32) for at in (folder, tmp_path / "merged")]
-    untouched, merged = logits(models[0]), logits(models[1])
-    adapted = logits(PeftModel.from_pretrained(models[0], adapter))
-    moved = (adapted - untouched).pow(2).mean().sqrt()
-    share = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
-    assert moved > 0.01 and (merged - adapted).pow(2).mean().sqrt() < share * moved
+def trained_too(adapter: Path) -> Path:
+    """Gives values to what peft begins as zeros, or as the base's: biases, modules to save, tokens, embeddings."""
+    torch.manual_seed(1)
+    tensors = load_file(adapter / WEIGHTS)
+    for key, values in tensors.items():
+        if not key.endswith(("lora_A.weight", "lora_B.weight", "magnitude_vector", "base_layer.weight")):
+            tensors[key] = values + 0.02 * torch.randn_like(values)
+    save_file(tensors, adapter / WEIGHTS)
+    return adapter
+
+
+@pytest.fixture(scope="module")
+def untied(stored_as: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[torch.dtype], Path]:
+    """`untied(dtype)`: the embedded base with an output layer and biases of its own."""
+
+    @cache
+    def make(dtype: torch.dtype) -> Path:
+        folder = stored_as(tmp_path_factory.mktemp("untied") / "base", dtype)
+        tensors = load_file(folder / "model.safetensors")
+        torch.manual_seed(2)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 1.1
+        for name in [name for name in tensors if "self_attn" in name]:
+            tensors[name.replace(".weight", ".bias")] = 0.1 * torch.randn(len(tensors[name])).to(dtype)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        altered(folder / "config.json", tie_word_embeddings=False, attention_bias=True)
+        return folder
+
+    return make
+
+
+BESIDE: dict[str, dict[str, Any]] = {
+    "embedding and output layer": {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "use_rslora": True},
+    "DoRA on both": {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "use_dora": True},
+    "modules to save": {"modules_to_save": ["lm_head", "norm"], "target_modules": ["v_proj", "embed_tokens"]},
+    "a block to save": {"modules_to_save": ["embed_tokens", "layers.2.mlp"], "target_modules": ["v_proj"]},
+    "tokens": {"trainable_token_indices": [5, 400, 7]},
+    "tokens of both": {"trainable_token_indices": {"embed_tokens": [5, 7], "lm_head": [9]}, "bias": "lora_only"},
+    "all biases": {"bias": "all", "target_modules": ["q_proj"]},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(kind, torch.bfloat16) for kind in BESIDE] + [(kind, torch.float32) for kind in list(BESIDE)[:3]],
+    ids=str,
+)
+def test_what_is_trained_beside_the_linear_layers_is_what_peft_makes_of_it(
+    untied: Callable[[torch.dtype], Path],
+    make_adapter: Callable[..., Path],
+    tmp_path: Path,
+    kind: str,
+    dtype: torch.dtype,
+) -> None:
+    folder = untied(dtype)
+    adapter = trained_too(make_adapter(folder, **BESIDE[kind]))
+    check(folder, adapter, tmp_path, dtype, roundings=2)  # peft's on an embedding
+
+
+TIED: dict[str, dict[str, Any]] = {
+    "tokens": {"trainable_token_indices": [5, 400, 7]},
+    "tokens of both": {"trainable_token_indices": {"embed_tokens": [5, 7], "lm_head": [5, 7]}},
+    "embedding to save": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "output layer to save": {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", TIED)
+def test_a_tied_weight_is_merged_where_both_its_modules_learnt_the_same(
+    stored_as: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    folder = stored_as(tmp_path / "base", torch.bfloat16)
+    adapter = trained_too(make_adapter(folder, target_modules=["q_proj"], **TIED[kind]))
+    tensors = load_file(adapter / WEIGHTS)
+    tied = "base_model.model.lm_head.weight"
+    if tied in tensors:  # `trained_too` drew twice
+        apart = tensors[tied]
+        with pytest.raises(UserError, match="are tied and differ"):
+            lora.read(adapter, folder)
+        tensors[tied] = tensors["base_model.model.model.embed_tokens.weight"].clone()
+        assert not torch.equal(apart, tensors[tied])
+        save_file(tensors, adapter / WEIGHTS)
+    check(folder, adapter, tmp_path, torch.bfloat16)
+    assert "model.embed_tokens.weight" in lora.read(adapter, folder).updates
 
 
 def test_each_modules_scale_follows_its_own_rank_and_alpha(base: Base, make_adapter: Callable[..., Path]) -> None:
     options = {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {r"layers\.1\.mlp\.up_proj": 40}}
-    plain = lora.read(make_adapter(base.folder, **options), base.folder).updates
-    assert plain["model.layers.0.self_attn.q_proj.weight"].scale == 16 / 3
-    assert plain["model.layers.1.mlp.up_proj.weight"].scale == 40 / 8
-    assert plain["model.layers.2.mlp.up_proj.weight"].scale == 16 / 8
+    plain = lora.read(make_adapter(base.folder, **options), base.folder)
+    assert low_rank(plain, "model.layers.0.self_attn.q_proj.weight").factors[0].scale == 16 / 3
+    assert low_rank(plain, "model.layers.1.mlp.up_proj.weight").factors[0].scale == 40 / 8
+    assert low_rank(plain, "model.layers.2.mlp.up_proj.weight").factors[0].scale == 16 / 8
     adapter = lora.read(make_adapter(base.folder, use_rslora=True, **options), base.folder)
     assert adapter.kind == "rsLoRA" and len(adapter.updates) == 28
-    assert adapter.updates["model.layers.0.self_attn.q_proj.weight"].scale == pytest.approx(16 / math.sqrt(3))
+    scale = low_rank(adapter, "model.layers.0.self_attn.q_proj.weight").factors[0].scale
+    assert scale == pytest.approx(16 / math.sqrt(3))
+
+
+def low_rank(adapter: Adapter, name: str) -> LowRank:
+    update = adapter.updates[name]
+    assert isinstance(update, LowRank)
+    return update
 
 
 def test_dora_sets_each_rows_length(base: Base, make_adapter: Callable[..., Path], tmp_path: Path) -> None:
     """arXiv 2402.09353, equation 5: the direction of W + s·B·A, of length m."""
     adapter = lora.read(make_adapter(base.folder, use_dora=True), base.folder)
     before = load_file(base.folder / "model.safetensors")
-    for name, update in adapter.updates.items():
+    for name in adapter.updates:
+        update = low_rank(adapter, name)
+        factor = update.factors[0]
         merged = update.merged(before[name]).double()
-        direction = before[name].double() + 2.0 * update.b.double() @ update.a.double()
+        direction = before[name].double() + 2.0 * factor.b.double() @ factor.a.double()
         torch.testing.assert_close(merged.norm(dim=1), update.magnitude.double(), rtol=1e-6, atol=0)
         cosine = torch.nn.functional.cosine_similarity(merged, direction, dim=1)
         torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=1e-9)
@@ -117,25 +228,57 @@ def test_a_weight_is_not_altered_by_being_merged(base: Base, make_adapter: Calla
     assert torch.equal(before[name], kept) and torch.equal(doubled, kept.double())
 
 
-def test_an_adapter_on_an_untied_output_layer_is_merged(
-    stored_as: Callable[..., Path], make_adapter: Callable[..., Path], tmp_path: Path
+def test_the_bases_weight_that_peft_puts_beside_an_output_layers_adapter_must_be_the_bases(
+    untied: Callable[[torch.dtype], Path], make_adapter: Callable[..., Path]
 ) -> None:
-    untied = stored_as(tmp_path / "untied", torch.float32)
-    tensors = load_file(untied / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 1.1
-    save_file(tensors, untied / "model.safetensors", metadata={"format": "pt"})
-    altered(untied / "config.json", tie_word_embeddings=False)
-    adapter = make_adapter(untied, target_modules=["q_proj", "lm_head"])
-    assert "base_model.model.lm_head.base_layer.weight" in load_file(adapter / WEIGHTS)  # peft puts the base's beside
-    found = merge(untied, adapter, tmp_path / "merged")
-    update = lora.read(adapter, untied).updates["lm_head.weight"]
-    torch.testing.assert_close(found["lm_head.weight"], tensors["lm_head.weight"] + 2.0 * update.b @ update.a)
-
+    folder = untied(torch.float32)
+    adapter = make_adapter(folder, target_modules=["q_proj", "lm_head"])
     trained = load_file(adapter / WEIGHTS)
+    assert "base_model.model.lm_head.base_layer.weight" in trained
+    lora.read(adapter, folder)
     trained["base_model.model.lm_head.base_layer.weight"][5, 5] += 1e-3
     save_file(trained, adapter / WEIGHTS)
     with pytest.raises(UserError, match=r"lm_head\.base_layer\.weight is left over"):
-        lora.read(adapter, untied)
+        lora.read(adapter, folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model.norm.weight": torch.ones(3)}, r"norm\.weight is \(3,\), not \(128,\)"),
+        ({"model.norm.weight": None}, r"lacks .*model\.norm\.weight"),
+        (
+            {"model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(3, 128)},
+            r"trainable_tokens_delta is \(3, 128\), not \(2, 128\)",
+        ),
+        ({"model.layers.0.self_attn.k_proj.bias": torch.ones(128)}, r"k_proj\.bias is left over"),
+    ],
+)
+def test_what_was_trained_whole_must_be_there_and_fit(
+    untied: Callable[[torch.dtype], Path],
+    make_adapter: Callable[..., Path],
+    change: dict[str, torch.Tensor | None],
+    said: str,
+) -> None:
+    folder = untied(torch.float32)
+    options = {"modules_to_save": ["model.norm"], "trainable_token_indices": [1, 2], "target_modules": ["q_proj"]}
+    adapter = make_adapter(folder, **options)
+    tensors: dict[str, torch.Tensor | None] = dict(load_file(adapter / WEIGHTS))
+    tensors |= {f"{lora.PREFIX}{key}": value for key, value in change.items()}
+    save_file({key: value for key, value in tensors.items() if value is not None}, adapter / WEIGHTS)
+    with pytest.raises(UserError, match=said) as error:
+        lora.read(adapter, folder)
+    one_line(error)
+
+
+def test_tokens_named_twice_or_not_in_the_vocabulary_are_refused(
+    untied: Callable[[torch.dtype], Path], make_adapter: Callable[..., Path]
+) -> None:
+    folder = untied(torch.float32)
+    adapter = make_adapter(folder, trainable_token_indices=[1, 2], target_modules=["q_proj"])
+    altered(adapter / "adapter_config.json", trainable_token_indices=[2, 2])
+    with pytest.raises(UserError, match="name a token twice, or one that the base has not"):
+        lora.read(adapter, folder)
 
 
 def altered(file: Path, **values: Any) -> None:
@@ -152,11 +295,19 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
     ("options", "said"),
     [
         ({"target_modules": ["q_proj", "lm_head"]}, "is on lm_head, whose weight is tied"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "is on model.embed_tokens, which is no linear layer"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "is on model.embed_tokens, whose weight is tied"),
+        (
+            {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},  # which peft merges twice
+            "is on model.embed_tokens, whose weight is tied",
+        ),
+        ({"modules_to_save": ["lm_head"]}, "is on lm_head, whose weight is tied"),
+        ({"modules_to_save": ["embed_tokens"]}, "is on model.embed_tokens, whose weight is tied"),
+        ({"trainable_token_indices": {"lm_head": [1, 2]}}, "is on lm_head, whose weight is tied"),
+        (
+            {"trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}},
+            "is on model.embed_tokens, whose weight is tied",
+        ),
         ({"lora_bias": True}, "not lora_bias"),
-        ({"bias": "all"}, "not bias"),
-        ({"modules_to_save": ["lm_head"]}, "not modules_to_save"),
-        ({"trainable_token_indices": [1, 2]}, "not trainable_token_indices"),
         ({"init_lora_weights": "pissa"}, "not init_lora_weights: pissa"),
         ({"init_lora_weights": "olora"}, "not init_lora_weights: olora"),
         ({"target_parameters": ["q_proj.weight"], "target_modules": ["v_proj"]}, "not target_parameters"),
@@ -268,3 +419,6 @@ def test_training_can_ask_beforehand_whether_its_modules_can_be_merged(base: Bas
     tied = LoraConfig(target_modules=["q_proj", "lm_head"])
     with pytest.raises(UserError, match=r"^profile: the adapter is on lm_head, whose weight is tied"):
         list(lora.layers(get_peft_model(AutoModelForCausalLM.from_pretrained(base.folder), tied), "profile"))
+    embedding = LoraConfig(target_modules=["embed_tokens"])  # which training does not do
+    with pytest.raises(UserError, match=r"is on model\.embed_tokens, which is no linear layer"):
+        list(lora.layers(get_peft_model(AutoModelForCausalLM.from_pretrained(base.folder), embedding), "profile"))

@@ -1,5 +1,6 @@
 """Promise 4: what is merged is base + adapter, of every kind, and a merge that is not leaves no model."""
 
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -9,17 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipeline import preflight
 from pipeline.chat import CONTRACT_FILE
 from pipeline.errors import StageFailed, UserError
-from pipeline.lora import Update
 from pipeline.merge import Merge
 from pipeline.model import Base, load_model
-from pipeline.records.find import artifacts, records
+from pipeline.records.find import artifacts, records, sha256
 from pipeline.sft import Sft
 from pipeline.stage import Job, run_stage
+from pipeline.update import LowRank
 from pipeline.workspace import Workspace
 
 WEIGHTS = "model.safetensors"
@@ -67,6 +68,50 @@ def test_every_merged_weight_is_base_plus_adapter(trained: Any, base: Base) -> N
     assert receipt["worst_share_of_rounding_bound"] <= 1
 
 
+def test_the_record_says_what_was_merged_how_and_what_each_tensor_changed_by(trained: Any, base: Base) -> None:
+    facts = trained.record("merge").facts()
+    results, before, after = facts.results, weights(base.folder), weights(trained.output("merge"))
+    assert results["receipt"]["arithmetic"] == "float32"
+    assert [one["name"] for one in facts.data["adapters"]] == [trained.dpo]
+    assert facts.lineage.base["sha256"] == base.identity()["sha256"]
+    assert facts.data["contract"] == base.chat().contract.sha256
+    assert facts.data["template"]["end_of_turn_id"] == base.chat().end_of_turn_id
+    generation = json.loads((trained.output("merge") / "generation_config.json").read_text())
+    assert generation == facts.data["generation_config"]["set"] | facts.data["generation_config"]["carried_over"]
+    assert generation["eos_token_id"] == base.chat().end_of_turn_id
+    written = {path.relative_to(trained.workspace.root): path for path in trained.output("merge").rglob("*")}
+    assert {Path(a.path): (a.sha256, a.bytes) for a in facts.artifacts} == {
+        name: (sha256(path), path.stat().st_size) for name, path in written.items()
+    }
+    with (trained.workspace.root / results["each_tensor"]).open() as file:
+        table = {row["tensor"]: row for row in csv.DictReader(file)}
+    assert len(table) == 28
+    for name, row in table.items():
+        change = (after[name].double() - before[name].double()).norm() / before[name].double().norm()
+        assert float(row["relative_change"]) == pytest.approx(change.item(), rel=1e-4), name
+    least = results["receipt"]["relative_change"]["least"]
+    assert min(table, key=lambda name: float(table[name]["relative_change"])) == least["tensor"]
+
+
+def test_what_a_base_says_of_generation_is_carried_over_even_where_transformers_would_not_write_it(
+    trained_copy: Any, base: Base, tmp_path: Path
+) -> None:
+    """Llama-2-chat's own has a temperature and no sampling."""
+    folder = shutil.copytree(base.folder, tmp_path / "base")
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "do_sample": False}))
+    merge = run_stage(Merge, trained_copy.job(f"base_model={folder}", "merge_config.check_logits=false"))
+    found = json.loads((merge.output / "model" / "generation_config.json").read_text())
+    assert (found["temperature"], found["eos_token_id"]) == (0.6, base.chat().end_of_turn_id)
+
+
+def test_in_peft_s_arithmetic_the_files_hold_what_peft_merges(trained_copy: Any, base: Base) -> None:
+    merge = run_stage(Merge, trained_copy.job("merge_config.arithmetic=peft"))
+    assert merge.facts.results["receipt"]["arithmetic"] == "peft"
+    expected = base_and_adapter(base.folder, trained_copy.output("dpo")).merge_and_unload().state_dict()
+    for name, tensor in weights(merge.output / "model").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
 def test_plain_transformers_loads_the_merged_folder_with_the_same_logits(trained: Any, base: Base) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -92,17 +137,18 @@ def test_the_contract_is_carried_and_the_link_points_at_the_model(trained: Any) 
 def test_a_failed_merge_leaves_no_model_and_the_link_where_it_was(
     trained_copy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = Update.merged
+    honest = LowRank.merged
 
-    def doubled(update: Update, weight: torch.Tensor) -> torch.Tensor:
-        return honest(replace(update, scale=2 * update.scale), weight)
+    def doubled(update: LowRank, weight: torch.Tensor, arithmetic: Any) -> torch.Tensor:
+        factor = update.factors[0]
+        return honest(replace(update, factors=(replace(factor, scale=2 * factor.scale),)), weight, arithmetic)
 
-    monkeypatch.setattr(Update, "merged", doubled)
+    monkeypatch.setattr(LowRank, "merged", doubled)
     with pytest.raises(StageFailed, match="away from base"):
         run_stage(Merge, trained_copy.job())
     file, facts = next(records(trained_copy.workspace))
     assert facts.status == "failed" and file.id != trained_copy.merge
-    assert not (trained_copy.workspace.checkpoints / file.id / "model").exists()
+    assert not list((trained_copy.workspace.checkpoints / file.id).iterdir())  # nor anything a resume would go on with
     assert (trained_copy.workspace.checkpoints / "small-merged").resolve() == trained_copy.output("merge").resolve()
 
 
@@ -179,9 +225,9 @@ def test_dora_and_rslora_are_merged_into_the_base_as_stored(
 def test_an_adapter_that_cannot_be_merged_is_refused_before_a_record_is_opened(
     trained_copy: Any, base: Base, make_adapter: Callable[..., Path]
 ) -> None:
-    planted(trained_copy, make_adapter(base.folder, modules_to_save=["lm_head"]))
+    planted(trained_copy, make_adapter(base.folder, lora_bias=True))
     before = sorted(trained_copy.workspace.experiments.glob("EXP-*.yaml"))
-    with pytest.raises(UserError, match="merge handles LoRA, rsLoRA and DoRA, not modules_to_save"):
+    with pytest.raises(UserError, match="merge handles LoRA, rsLoRA and DoRA, not lora_bias"):
         run_stage(Merge, trained_copy.job())
     assert sorted(trained_copy.workspace.experiments.glob("EXP-*.yaml")) == before
 
@@ -239,3 +285,103 @@ def test_an_adapter_that_auto_trained_over_4_bits_is_said_to_have_been(
     Sft.prepare(job(source=trained.id))
     said = f"note: the adapter of {trained.id} was trained over quantization nf4, here it is none"
     assert said in capsys.readouterr().err
+
+
+def both(base: Path, *adapters: Path) -> dict[str, torch.Tensor]:
+    """base + every adapter's alpha / rank · B·A in float64, worked out from the files alone."""
+    before = weights(base)
+    changes = [exact(base, adapter) for adapter in adapters]
+    return {
+        name: sum(change[name] - before[name].double() for change in changes) + before[name].double() for name in before
+    }
+
+
+def test_a_further_adapter_is_added_in_the_same_pass(trained_copy: Any, base: Base) -> None:
+    merge = run_stage(Merge, trained_copy.job(f"merge_config.adapters=[{trained_copy.sft}]"))
+    expected = both(base.folder, trained_copy.output("dpo"), trained_copy.output("sft"))
+    for tensor, found in weights(merge.output / "model").items():
+        torch.testing.assert_close(found.double(), expected[tensor], rtol=1e-6, atol=2e-7, msg=tensor)
+    facts = merge.facts
+    assert [taken.id for taken in facts.lineage.inputs] == [trained_copy.dpo, trained_copy.sft]
+    assert [one["name"] for one in facts.data["adapters"]] == [trained_copy.dpo, trained_copy.sft]
+    assert len({one["sha256"] for one in facts.data["adapters"]}) == 2
+    receipt = facts.results["receipt"]
+    assert receipt["adapter"] == "LoRA + LoRA" and receipt["logits_rms_difference"] < 1e-3
+    for name in ("checkpoints/small-sft", f"checkpoints/{trained_copy.sft}/adapter"):  # the same, by a link or a folder
+        other = Merge.prepare(trained_copy.job(f"merge_config.adapters=[{name}]")).taken[1]
+        assert other.name == trained_copy.sft and other.sha256 == facts.data["adapters"][1]["sha256"]
+        assert other.input == facts.lineage.inputs[1]
+
+
+def test_a_folder_from_elsewhere_must_bring_the_contract_and_name_the_base(
+    trained_copy: Any, base: Base, make_adapter: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_adapter(base.folder, target_modules=["q_proj"])
+    job = trained_copy.job(f"merge_config.adapters=[{folder}]", "merge_config.check_logits=false")
+    with pytest.raises(UserError, match=f"has no readable {CONTRACT_FILE}"):
+        Merge.prepare(job)
+    base.chat().contract.save(folder)
+    merge = run_stage(Merge, job)
+    assert f"note: {folder} has no record: that its base had these very weights is not known" in capsys.readouterr().err
+    expected = both(base.folder, trained_copy.output("dpo"), folder)
+    for tensor, found in weights(merge.output / "model").items():
+        torch.testing.assert_close(found.double(), expected[tensor], rtol=1e-6, atol=2e-7, msg=tensor)
+    assert [taken.id for taken in merge.facts.lineage.inputs] == [trained_copy.dpo]  # a lineage is of records
+    assert "no hash of it is known" in merge.facts.data["adapters"][1]["base"]
+    altered(folder, base_model_name_or_path="another/base")
+    with pytest.raises(UserError, match="is an adapter of another/base, not of tiny"):
+        Merge.prepare(job)
+    altered(folder, base_model_name_or_path=str(base.folder))
+    replace(base.chat().contract, sha256="0" * 64).save(folder)
+    with pytest.raises(UserError, match="another chat template than the base has now"):
+        Merge.prepare(trained_copy.job(f"merge_config.adapters=[{folder}]"))
+
+
+def other_base(trained: Any) -> str:
+    facts = trained.record("sft").facts()
+    facts.lineage.base["sha256"] = "0" * 64
+    trained.record("sft").write(facts)
+    return str(trained.sft)
+
+
+def a_dora(trained: Any) -> str:
+    altered(trained.output("sft"), use_dora=True)
+    file = trained.output("sft") / "adapter_model.safetensors"
+    halves = load_file(file)
+    magnitudes = {
+        key.replace("lora_B.weight", "lora_magnitude_vector"): torch.ones(len(values))
+        for key, values in halves.items()
+        if "lora_B" in key
+    }
+    save_file(halves | magnitudes, file)
+    facts = trained.record("sft").facts()
+    facts.artifacts = artifacts(trained.workspace, trained.output("sft"))
+    trained.record("sft").write(facts)
+    return str(trained.sft)
+
+
+def changed_since(trained: Any) -> str:
+    altered(trained.output("sft"), lora_alpha=64)
+    return str(trained.sft)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (lambda trained: trained.dpo, r"merge_config.adapters: EXP-.* would be added twice"),
+        (lambda trained: trained.merge, "is no dpo or sft record"),
+        (lambda trained: "checkpoints/nothing", "checkpoints/nothing is neither a record nor a folder"),
+        (lambda trained: "data", "data holds no adapter that peft saved; try EXP-"),
+        (lambda trained: f"checkpoints/{trained.merge}/model", "is no dpo or sft record"),
+        (changed_since, r"adapter_config\.json was changed since"),
+        (other_base, "was trained on other weights than this base's"),
+        (a_dora, "is a DoRA, which adds up with no other adapter"),
+    ],
+)
+def test_a_further_adapter_that_cannot_be_added_is_refused(
+    trained_copy: Any, name: Callable[[Any], str], said: str
+) -> None:
+    named = name(trained_copy)
+    with pytest.raises(UserError, match=said) as error:
+        Merge.prepare(trained_copy.job(f"merge_config.adapters=[{named}]"))
+    assert "\n" not in str(error.value)

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import lora, receipt
 from pipeline.errors import StageFailed
-from pipeline.lora import Adapter
 from pipeline.model import Base
-from pipeline.receipt import check_logits, check_weights
+from pipeline.receipt import Changed, check_logits, check_weights
 from pipeline.shards import rewrite
+from pipeline.update import Adapter, Arithmetic, Factor, LowRank, together
 
 WEIGHTS = "model.safetensors"
 TARGETED = "model.layers.1.self_attn.q_proj.weight"
@@ -33,14 +33,23 @@ class Merged:
     source: Path  # of the adapter
     adapter: Adapter
 
-    def write(self, adapter: Adapter) -> None:
-        list(rewrite(self.base.folder, self.folder, adapter.merged))
+    def write(self, adapter: Adapter, arithmetic: Arithmetic = "float32") -> None:
+        changes = {
+            name: lambda weight, update=update: update.merged(weight, arithmetic)
+            for name, update in adapter.updates.items()
+        }
+        list(rewrite(self.base.folder, self.folder, changes))
 
-    def weights(self, adapter: Adapter | None = None) -> dict[str, Any]:
-        return check_weights(self.base.folder, self.folder, adapter or self.adapter)
+    def check(
+        self, adapter: Adapter | None = None, arithmetic: Arithmetic = "float32"
+    ) -> tuple[dict[str, Any], list[Changed]]:
+        return check_weights(self.base.folder, self.folder, adapter or self.adapter, arithmetic)
+
+    def weights(self, adapter: Adapter | None = None, arithmetic: Arithmetic = "float32") -> dict[str, Any]:
+        return self.check(adapter, arithmetic)[0]
 
     def logits(self, share: float, trained_over: str = "none") -> dict[str, Any]:
-        return check_logits(self.base, self.folder, self.source, PROMPTS, share, trained_over)
+        return check_logits(self.base, self.folder, [self.source], PROMPTS, share, trained_over)
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +88,25 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("arithmetic", ["float32", "peft"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_right_merge_passes(merged: Callable[..., Merged], kind: str, dtype: torch.dtype) -> None:
+def test_a_right_merge_passes(
+    merged: Callable[..., Merged], kind: str, dtype: torch.dtype, arithmetic: Arithmetic
+) -> None:
     made = merged(dtype, **KINDS[kind])
-    found = made.weights()
+    if arithmetic == "peft":
+        made.write(made.adapter, arithmetic)
+    found, changed = made.check(arithmetic=arithmetic)
     assert (found["adapter"], found["modules"], found["unchanged_tensors"]) == (kind, 28, 10)
+    assert found["arithmetic"] == arithmetic and found["kinds"] == {"linear": 28}
     assert 0 < found["worst_share_of_rounding_bound"] <= 1
     assert found["smallest_relative_change"] > 0.01
+    each_change = sorted(one.relative_change for one in changed)
+    spread = found["relative_change"]
+    assert spread["least"]["value"] == pytest.approx(each_change[0], rel=1e-2)
+    assert spread["median"] == pytest.approx((each_change[13] + each_change[14]) / 2, rel=1e-2)
+    assert spread["most"]["value"] == pytest.approx(each_change[-1], rel=1e-2)
     assert found["rounding_share_of_update"] < (1e-5 if dtype == torch.float32 else 0.1)
     found = made.logits(found["rounding_share_of_update"])
     assert found["prompts"] == 2 and found["logits"].startswith("merged, against the base as stored + adapter")
@@ -162,17 +182,21 @@ def test_a_wrong_tensor_is_caught(
         made.weights()
 
 
-def each(adapter: Adapter, change: Callable[[lora.Update], dict[str, Any]]) -> Adapter:
-    return replace(adapter, updates={n: replace(update, **change(update)) for n, update in adapter.updates.items()})
+def each(adapter: Adapter, change: Callable[[LowRank], dict[str, Any]]) -> Adapter:
+    return replace(adapter, updates={n: replace(update, **change(update)) for n, update in adapter.updates.items()})  # type: ignore[type-var, arg-type]
+
+
+def each_factor(adapter: Adapter, change: Callable[[Factor], dict[str, Any]]) -> Adapter:
+    return each(adapter, lambda update: {"factors": tuple(replace(f, **change(f)) for f in update.factors)})
 
 
 def twice_the_scale(adapter: Adapter) -> Adapter:
-    return each(adapter, lambda update: {"scale": update.scale * 2})
+    return each_factor(adapter, lambda factor: {"scale": factor.scale * 2})
 
 
 def alpha_over_rank(adapter: Adapter) -> Adapter:
     """As if rsLoRA were LoRA."""
-    return each(adapter, lambda update: {"scale": 16 / 8})
+    return each_factor(adapter, lambda factor: {"scale": 16 / 8})
 
 
 def no_magnitude(adapter: Adapter) -> Adapter:
@@ -190,7 +214,7 @@ def magnitude_by_row_reversed(adapter: Adapter) -> Adapter:
 
 def two_layers_exchanged(adapter: Adapter) -> Adapter:
     first, second = "model.layers.0.mlp.down_proj.weight", "model.layers.3.mlp.down_proj.weight"
-    updates = adapter.updates
+    updates = dict(adapter.updates)
     return replace(adapter, updates=updates | {first: updates[second], second: updates[first]})
 
 
@@ -241,7 +265,7 @@ def test_logits_computed_in_16_bits_still_tell_a_wrong_scale(
 def test_a_targeted_module_that_did_not_change_is_caught(merged: Callable[..., Merged]) -> None:
     """An adapter of zeros would pass every comparison with base + adapter."""
     made = merged()
-    nothing = each(made.adapter, lambda update: {"b": torch.zeros_like(update.b)})
+    nothing = each_factor(made.adapter, lambda factor: {"b": torch.zeros_like(factor.b)})
     made.write(nothing)
     with pytest.raises(StageFailed, match="targeted by the adapter and did not change"):
         made.weights(nothing)
@@ -257,9 +281,9 @@ def test_rows_of_zeros_and_numbers_below_the_smallest_normal_are_no_fault(
     tensors[TARGETED][:5] = 0
     tensors[TARGETED][5:20] = torch.randn(15, 128).mul(1e-6).half()
     save_file(tensors, made.base.folder / WEIGHTS, metadata={"format": "pt"})
-    update = made.adapter.updates[TARGETED]
-    b = torch.cat([update.b[:3] * 0, update.b[3:20] * 1e-5, update.b[20:]])
-    small = replace(made.adapter, updates=made.adapter.updates | {TARGETED: replace(update, b=b)})
+    factor = made.adapter.updates[TARGETED].factors[0]  # type: ignore[attr-defined]
+    b = torch.cat([factor.b[:3] * 0, factor.b[3:20] * 1e-5, factor.b[20:]])
+    small = replace(made.adapter, updates={**made.adapter.updates, TARGETED: LowRank((replace(factor, b=b),))})
     made.write(small)
     assert made.weights(small)["worst_share_of_rounding_bound"] <= 1
 
@@ -268,7 +292,7 @@ def test_an_update_that_rounding_hides_is_said(
     merged: Callable[..., Merged], capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = merged(torch.bfloat16)
-    small = each(made.adapter, lambda update: {"b": update.b / 200})
+    small = each_factor(made.adapter, lambda factor: {"b": factor.b / 200})
     made.write(small)
     found = made.weights(small)
     assert 0.5 < found["rounding_share_of_update"] < 1.5
@@ -308,17 +332,56 @@ def test_a_quantised_layer_that_does_not_run_here_fails_no_merge(
     assert "note: the model as trained over int8 cannot run here (AttributeError: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arithmetic", ["float32", "peft"])
+def test_several_adapters_are_checked_as_their_sum(
+    merged: Callable[..., Merged], make_adapter: Callable[..., Path], arithmetic: Arithmetic
+) -> None:
+    made = merged(torch.bfloat16)
+    other = make_adapter(made.base.folder, r=4, use_rslora=True, target_modules=["q_proj", "up_proj"])
+    read = [made.adapter, lora.read(other, made.base.folder)]
+    both, sources = together(read, ["one", "other"]), [made.source, other]
+    made.write(both, arithmetic)
+    found = made.weights(both, arithmetic)
+    assert (found["adapter"], found["modules"]) == ("LoRA + rsLoRA", 28)
+    share = found["rounding_share_of_update"]
+    check_logits(made.base, made.folder, sources, PROMPTS, share, "none")
+
+    with pytest.raises(StageFailed, match="merged logits differ"):  # peft knows of two
+        check_logits(made.base, made.folder, sources[:1], PROMPTS, share, "none")
+    made.write(made.adapter, arithmetic)
+    with pytest.raises(StageFailed, match="away from base"):
+        made.weights(both, arithmetic)
+    with pytest.raises(StageFailed, match="merged logits differ"):
+        check_logits(made.base, made.folder, sources, PROMPTS, share, "none")
+
+
+def test_tokens_rows_alone_may_change(merged: Callable[..., Merged], make_adapter: Callable[..., Path]) -> None:
+    made, name = merged(torch.bfloat16), "model.embed_tokens.weight"
+    source = make_adapter(made.base.folder, trainable_token_indices=[5, 300], target_modules=["q_proj"])
+    read = lora.read(source, made.base.folder)
+    rows = read.updates[name]
+    trained = replace(rows, values=rows.values + 0.02)  # type: ignore[type-var, attr-defined]
+    adapter = replace(read, updates={**read.updates, name: trained})
+    made.write(adapter)
+    found, changed = made.check(adapter)
+    assert found["kinds"] == {"linear": 4, "tokens": 1}
+    assert [one.kind for one in changed if one.tensor == name] == ["tokens"]
+    tensors = load_file(made.folder / WEIGHTS)
+    tensors[name][6, 0] = torch.nextafter(tensors[name][6, 0], torch.tensor(9.0).bfloat16())
+    save_file(tensors, made.folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(StageFailed, match=f"{name} is .* × the rounding"):
+        made.weights(adapter)
+
+
 def test_a_merge_into_the_quantised_base_is_caught(merged: Callable[..., Merged]) -> None:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     made = merged()
 
-    def rounded(name: str, weight: torch.Tensor) -> torch.Tensor:
-        if name in made.adapter.updates:
-            weight = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4"))
-        return made.adapter.merged(name, weight)
+    def rounded(weight: torch.Tensor, name: str) -> torch.Tensor:
+        return made.adapter.updates[name].merged(dequantize_4bit(*quantize_4bit(weight, quant_type="nf4")))
 
-    list(rewrite(made.base.folder, made.folder, rounded))
+    list(rewrite(made.base.folder, made.folder, {n: partial(rounded, name=n) for n in made.adapter.updates}))
     with pytest.raises(StageFailed, match="away from base"):
         made.weights()
     with pytest.raises(StageFailed, match="merged logits differ"):

@@ -1,20 +1,28 @@
 """Which model is served, what is refused, and how a server begins and ends."""
 
+import json
+import secrets
+import signal
 import socket
 from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 from starlette.testclient import TestClient
 
 from pipeline.chat import CONTRACT_FILE, Chat, Contract
+from pipeline.config import ServeConfig
 from pipeline.data.rows import Message
 from pipeline.errors import UserError
 from pipeline.merge import Merge
 from pipeline.model import Base, load_model
 from pipeline.records.find import artifacts
 from pipeline.stage import Job, run_stage
-from serving.app import Usage, build_app
+from serving.app import build_app
+from serving.metrics import Usage
 from serving.serve import Serve, load_source, model_name, servable
 from serving.transformers_engine import TransformersEngine
 
@@ -23,6 +31,15 @@ if TYPE_CHECKING:
     from tests.serving.conftest import Server
 
 ANY_PORT = "serve_config.port=0"
+KEY = secrets.token_hex()  # not a literal: a record keeps the patch of the working tree
+
+
+@pytest.fixture(autouse=True)
+def bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without the backends that may be installed here."""
+    monkeypatch.setenv("ALETHEIA_VLLM", str(tmp_path / "none"))
+    monkeypatch.setenv("ALETHEIA_LLAMACPP", str(tmp_path / "none"))
+    monkeypatch.delenv("ALETHEIA_API_KEY", raising=False)
 
 
 @pytest.fixture
@@ -43,7 +60,7 @@ def prepare(request: pytest.FixtureRequest) -> Callable[[Job], Serve]:
 def test_sigterm_lets_the_answer_finish_and_closes_a_complete_record(
     serve: "Callable[..., Server]", copied: "Trained"
 ) -> None:
-    server = serve(copied.workspace)
+    server = serve(copied.workspace, "--backend", "transformers")
     assert server.address.startswith("http://127.0.0.1:")
     client = server.client
     request: Any = {"model": server.model, "prompt": "def", "max_tokens": 60, "temperature": 0}
@@ -63,9 +80,31 @@ def test_sigterm_lets_the_answer_finish_and_closes_a_complete_record(
     assert [change.status for change in facts.history] == ["running", "complete"]
     assert facts.lineage.inputs[0].id == copied.merge
     assert facts.results == {
-        "address": server.address, "model": "small-merged", "backend": "transformers", "requests": 2, "refused": 1,
-        "errors": 0, "prompt_tokens": 2 * whole.usage.prompt_tokens, "completion_tokens": 120,
+        "address": server.address, "model": "small-merged", "backend": "transformers", "reason": "asked for",
+        "version": version("transformers"), "requests": 2, "refused": 1, "errors": 0, "cut_off": 0, "timed_out": 0,
+        "prompt_tokens": 2 * whole.usage.prompt_tokens, "completion_tokens": 120,
     }  # fmt: skip
+
+
+def test_a_key_is_asked_for_heads_are_limited_and_what_people_think_is_kept_beside_the_record(
+    serve: "Callable[..., Server]", copied: "Trained", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALETHEIA_API_KEY", KEY)
+    server = serve(copied.workspace, "--set", "serve_config.context=64")
+    root, known = server.address.removesuffix("/v1"), {"Authorization": f"Bearer {KEY}"}
+    rating = {"answer": "a", "rating": "up", "messages": [{"role": "user", "content": "q"}]}
+    assert httpx.get(f"{root}/").headers["content-type"].startswith("text/html")
+    assert httpx.get(f"{server.address}/models").status_code == 401
+    assert httpx.get(f"{server.address}/models", headers=known).json()["data"][0]["max_model_len"] == 64
+    assert httpx.get(f"{root}/health", headers={"X": "x" * 200_000}).status_code == 400
+    assert server.post("feedback", json=rating, headers=known).status_code == 201
+    server.process.send_signal(signal.SIGHUP)  # a closed terminal
+    code, out, facts = server.ended()
+    assert (code, facts.status) == (0, "complete")
+    folder = (copied.workspace.root / out.strip()).with_suffix("")
+    assert json.loads((folder / "feedback.jsonl").read_text())["model"] == "small-merged"
+    files = [path for path in [folder.with_suffix(".yaml"), *folder.rglob("*")] if path.is_file()]
+    assert [path for path in files if KEY.encode() in path.read_bytes()] == []
 
 
 @pytest.mark.parametrize("taken", ["by a server", "by another that does not answer yet"])
@@ -104,13 +143,61 @@ def test_an_address_that_is_not_this_machines_is_one_line(trained: "Trained", ho
         Serve.prepare(trained.job(ANY_PORT, f"serve_config.host={host}"))
 
 
+@pytest.mark.parametrize(
+    ("backend", "told"),
+    [
+        ("vllm", "serve_config.backend: vLLM's environment is not installed here; try make setup-vllm"),
+        ("llamacpp", "serve_config.backend: llama.cpp is not installed; try `make setup-llamacpp`"),
+        ("ollama", "serve_config.backend: must be 'auto', 'vllm', 'transformers' or 'llamacpp', not 'ollama'"),
+    ],
+)
+def test_a_backend_that_cannot_be_had_is_one_line(
+    trained: "Trained", aletheia: "Callable[..., Said]", backend: str, told: str
+) -> None:
+    said = aletheia(trained.workspace, "serve", "--profile", "small", "--port", "0", "--backend", backend, "--dry-run")
+    last = said.err.splitlines()[-1]
+    assert said.code == 2 and last.startswith("error: ") and told in last
+
+
+def test_the_dry_run_says_which_backend_and_why(trained: "Trained", aletheia: "Callable[..., Said]") -> None:
+    said = aletheia(trained.workspace, "serve", "--profile", "small", "--port", "0", "--dry-run")
+    assert said.code == 0 and f"backend  transformers {version('transformers')}: no GPU is used" in said.err
+
+
+def test_more_context_than_the_model_holds_is_refused(trained: "Trained", prepare: Callable[[Job], Serve]) -> None:
+    with pytest.raises(UserError, match=r"serve_config.context: the model holds 2048 tokens, not 4096; try 2048$"):
+        Serve.prepare(trained.job(ANY_PORT, "serve_config.context=4096"))
+    assert prepare(trained.job(ANY_PORT, "serve_config.context=512")).context == 512
+    assert prepare(trained.job(ANY_PORT)).context == 2048
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "told"), [("0.0.0.0", "", True), ("0.0.0.0", KEY, False), ("127.0.0.2", "", False)]
+)
+def test_an_open_address_without_a_key_is_told(
+    copied: "Trained",
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    host: str,
+    key: str,
+    told: bool,
+) -> None:
+    monkeypatch.setenv("ALETHEIA_API_KEY", key)
+    monkeypatch.setattr(Serve, "_engine", lambda _: pytest.fail("far enough"))
+    with pytest.raises(pytest.fail.Exception):
+        run_stage(Serve, copied.job(ANY_PORT, f"serve_config.host={host}"))
+    assert (f"note: {host} is open to the network without an API key" in capfd.readouterr().err) == told
+
+
 # ── which model ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def answer_of(job: Job, question: str) -> tuple[str, str]:
     """The name and the greedy answer of the model that the job would serve."""
     source, base, chat = servable(job)
-    app = build_app(TransformersEngine(load_source(source, base), chat, 2048, 2), model_name(job, source), 512, Usage())
+    app = build_app(
+        TransformersEngine(load_source(source, base), chat, 2048, 2), model_name(job, source), ServeConfig(), Usage()
+    )
     body = {"messages": [{"role": "user", "content": question}], "max_tokens": 24, "temperature": 0}
     with TestClient(app) as client:
         answer = client.post("/v1/chat/completions", json=body | {"model": model_name(job, source)}).json()
