@@ -11,7 +11,7 @@ resume   = $(if $(filter-out 0,$(RESUME)),--resume)
 
 .NOTPARALLEL:
 .SILENT:
-.PHONY: help setup setup-vllm setup-llamacpp lock demo data sft dpo merge serve eval run report bench test lint
+.PHONY: help setup setup-vllm setup-llamacpp setup-latency lock demo data sft dpo merge serve eval run report bench test lint
 
 help:
 	echo "make demo            the whole pipeline on the embedded tiny model, on a CPU"
@@ -20,6 +20,7 @@ help:
 	echo "make serve PROFILE=… BACKEND=…            an OpenAI-compatible endpoint on 127.0.0.1:8000"
 	echo "make setup-vllm BUILD=…                   vLLM's own environment: cuda where there is a GPU, else cpu"
 	echo "make setup-llamacpp                       llama.cpp, for aletheia export gguf and BACKEND=llamacpp"
+	echo "make setup-latency                        guidellm, for aletheia eval latency"
 	echo "make eval PROFILE=…                       held-out rows, benchmarks, win-rate against the base"
 	echo "make run EXP=EXP-…                        runs a planned record"
 	echo "make report                               one HTML page of all records"
@@ -34,6 +35,14 @@ setup-llamacpp: setup
 	.venv/bin/python -m serving.llamacpp_setup
 setup-vllm:
 	$(PYTHON) -m serving.vllm_setup $(if $(BUILD),--build "$(BUILD)")
+
+setup-latency: .venv-latency/.installed
+.venv-latency/.installed: eval/requirements-latency.txt .venv/.installed
+	.venv/bin/python -m venv --clear .venv-latency # sees .venv's packages: torch and transformers are not installed twice
+	echo "import sysconfig; print(sysconfig.get_path('purelib'))" > .venv-latency/where.py
+	.venv/bin/python .venv-latency/where.py > "$$(.venv-latency/bin/python .venv-latency/where.py)/aletheia.pth"
+	.venv-latency/bin/python -m pip install --disable-pip-version-check --quiet -r eval/requirements-latency.txt
+	.venv-latency/bin/guidellm --version > $@
 
 lock: # every package anew, from the names in pyproject.toml
 	$(PYTHON) bootstrap.py --lock
@@ -62,6 +71,8 @@ report: setup
 bench: setup
 	.venv/bin/python benchmarks/gate.py
 	.venv/bin/python benchmarks/list_records.py
+	.venv/bin/python benchmarks/merging.py
+	.venv/bin/python benchmarks/serving.py
 	.venv/bin/python benchmarks/training.py $(ARGS)
 
 test: setup

@@ -45,9 +45,7 @@ app.add_typer(
 app.add_typer(
     config_app, name="config", help=f"Profiles: what is in effect, and why.{EXAMPLE}config explain --profile tiny"
 )
-app.add_typer(
-    export_app, name="export", help=f"The merged model in other formats.{EXAMPLE}export gguf --profile tiny"
-)
+app.add_typer(export_app, name="export", help=f"The merged model in other formats.{EXAMPLE}export gguf --profile tiny")
 app.add_typer(exp_app, name="exp", help=f"Experiment records: plan, run, read, trust.{EXAMPLE}exp list")
 
 

@@ -258,7 +258,9 @@ class EvalConfig(Section):
 
 
 class Telemetry(Section):
-    curves: bool = Field(True, description="pictures of the steps in experiments/EXP-…: two seconds at a training's end")
+    curves: bool = Field(
+        True, description="pictures of the steps in experiments/EXP-…: two seconds at a training's end"
+    )
     tensorboard: bool = Field(True, description="event files in experiments/EXP-…/tensorboard")
     mlflow: Annotated[str, AfterValidator(_without_password)] | None = Field(
         None, description="tracking URI, such as sqlite:///experiments/mlflow.db, from the root; null: not sent"

@@ -21,6 +21,7 @@ from pipeline.errors import UserError
 Arithmetic = Literal["float32", "peft"]
 BLOCK = 1 << 17  # elements worked on at once: about what a core's cache holds, four times as fast as a whole matrix
 UNIT = 2**-24  # unit roundoff of float32
+NOTHING = 1e-300  # where not even a last bit may differ
 
 
 class Update(Protocol):
@@ -134,13 +135,13 @@ class LowRank:
         exact = [(f.a.double(), f.b.double(), f.scale) for f in self.factors]
         known = [(a, b, scale, a.norm(dim=0), b.norm(dim=1)) for a, b, scale in exact]
         for rows in blocks(weight):
-            total = weight[rows].to(torch.float64, copy=True)
-            error = torch.zeros_like(total)
-            for number, (a, b, scale, a_norm, b_norm) in enumerate(known):
-                if number and arithmetic == "peft":  # what the adapter before was rounded to
+            total, error = weight[rows].to(torch.float64, copy=True), None
+            for a, b, scale, a_norm, b_norm in known:
+                if error is not None and arithmetic == "peft":  # what the adapter before was rounded to
                     error.add_(rounding(total.abs().add_(error), weight))
                 share = (len(a) + 4) * UNIT
-                error.add_(total.abs(), alpha=share).addr_(b_norm[rows], a_norm, alpha=share * abs(scale))
+                of_sum = total.abs().mul_(share).addr_(b_norm[rows], a_norm, alpha=share * abs(scale))
+                error = of_sum if error is None else error.add_(of_sum)
                 if arithmetic == "peft" and self.embedding and self.magnitude is None:
                     error.add_(rounding(torch.mm(b[rows], a).mul_(scale), weight))
                 total.addmm_(b[rows], a, alpha=scale)
@@ -180,7 +181,7 @@ class Rows:
 
         for rows in blocks(weight):
             new = weight[rows].to(torch.float64, copy=True)
-            error = torch.zeros_like(new)
+            error = torch.full_like(new, NOTHING)
             inside = (self.tokens >= rows.start) & (self.tokens < rows.start + len(new))
             at = self.tokens[inside] - rows.start
             new[at] = self.values[inside].double()

@@ -27,7 +27,7 @@ Exps = Annotated[list[str] | None, typer.Argument(metavar="[EXP]…", help="Ids 
 
 @app.command("plan")
 def plan_(
-    stages: Annotated[list[str], typer.Argument(help="What it is to run: data, sft, dpo, merge, serve, eval.")],
+    stages: Annotated[list[str], typer.Argument(help="What it is to run: data, sft, dpo, merge, export, serve, eval.")],
     profile: ProfileOption = DEFAULT,
     set_: SetOption = None,
     source: FromOption = None,

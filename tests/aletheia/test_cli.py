@@ -100,7 +100,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "a record elsewhere": (("dpo", *SMALL, "--from", "../../etc/passwd"), "error: .*passwd.*"),
     "a record by its path": (("merge", *SMALL, "--from", "experiments/EXP-2000-01-01-001.yaml"), "error: .*EXP-2000.*"),
     "nothing to resume": (("sft", *SMALL, "--resume"), "error: nothing to resume: no sft record of profile `small`"),
-    "no such backend": (("serve", *SMALL, "--backend", "vllm"), "error: --backend: there is no backend `vllm` yet; try auto"),
+    "no such backend": (("serve", *SMALL, "--backend", "triton"), "error: --set: serve_config.backend: must be 'auto', 'vllm'"),
     "no such port": (("serve", *SMALL, "--port", "70000"), "error: --set: serve_config.port: must be"),
     "a port of letters": (("serve", *SMALL, "--port", "http"), "error: .*--port.*; try aletheia serve --help"),
     "no such part": (("eval", "heldot", *SMALL), "error: eval: there is no part `heldot`; try heldout, benchmarks, winrate"),

@@ -69,8 +69,7 @@ def plainly(update: Any, weight: torch.Tensor) -> torch.Tensor:
 def shares(update: Update, weight: torch.Tensor, merged: torch.Tensor, arithmetic: Any) -> torch.Tensor:
     """How much of its bound each element is off."""
     found = [
-        (merged[rows].double() - exact).abs() / allowed.clamp(min=1e-300)
-        for rows, exact, allowed in update.exact(weight, arithmetic)
+        (merged[rows].double() - exact).abs() / allowed for rows, exact, allowed in update.exact(weight, arithmetic)
     ]
     return torch.cat(found)
 

@@ -353,6 +353,26 @@ def test_closing_an_answer_frees_its_place_and_its_cache_at_once(
     assert not engine._drawer._told and engine._manager.output_router.output_queue.empty()
 
 
+def test_one_that_waits_and_leaves_does_not_get_its_turn(
+    start: Callable[..., TransformersEngine], model: Any, tuned_chat: Chat
+) -> None:
+    engine = start(model, max_concurrent=1)
+    waiting = engine._manager.batch_processor.scheduler.waiting_requests
+
+    async def scene() -> tuple[bool, bool]:
+        running = asyncio.create_task(answer(engine, [1, 2, 3], Sampling(1500, 0.0)))
+        await asyncio.sleep(0.1)
+        late = [asyncio.create_task(answer(engine, [1, 2, 3], Sampling(1500, 0.0))) for _ in range(3)]
+        came = await within(10, lambda: len(waiting) == 3)
+        for task in late:
+            task.cancel()
+        left = await within(2, lambda: not waiting and not running.done())
+        running.cancel()
+        return came, left
+
+    assert asyncio.run(scene()) == (True, True)
+
+
 async def outcome(asked: Awaitable[Any]) -> Any:
     """Its result, or what went wrong; never waits for ever."""
     try:

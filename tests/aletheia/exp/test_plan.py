@@ -60,7 +60,7 @@ def test_a_plan_says_what_was_asked_and_has_no_line(workspace: Workspace, alethe
 @pytest.mark.parametrize(
     ("stages", "assignments", "options", "told"),
     [
-        ("sft fly", [], {}, "exp plan: there is no stage `fly`; try data, sft, dpo, merge, serve, eval"),
+        ("sft fly", [], {}, "exp plan: there is no stage `fly`; try data, sft, dpo, merge, export, serve, eval"),
         ("dpo sft", [], {}, "exp plan: dpo, sft is not the order they run in; try sft, dpo"),
         ("sft sft", [], {}, "exp plan: the stage `sft` stands twice"),
         ("", [], {}, "exp plan: no stage is named"),

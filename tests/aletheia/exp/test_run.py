@@ -188,7 +188,7 @@ def test_overrides_may_be_written_as_sections(world: World) -> None:
         ("profile: small", "profile:", "{file}:4: profile: names no profile"),
         ("profile: small", "profile: smal", "{file}: configs/smal.yaml: no profile `smal`; try profile: small"),
         ("stages:\n  - sft\n  - dpo\n", "", "{file}: stages: no stage is named"),
-        ("- dpo", "- fly", "{file}:7:5: stages[2]: is `fly`, not one of data, sft, dpo, merge, serve, eval"),
+        ("- dpo", "- fly", "{file}:7:5: stages[2]: is `fly`, not one of data, sft, dpo, merge, export, serve, eval"),
         ("- dpo", "- data", "{file}:5: stages: sft, data is not the order they run in; try data, sft"),
         ("- dpo", "- sft", "{file}:5: stages: the stage `sft` stands twice"),
         ("overrides: {}", "overrides: {sft_config.rank: 8}", "{file}: overrides: sft_config.rank: there is no such key"),

@@ -39,7 +39,7 @@ MISTAKES = [  # line, the place in it, key, what
     ("date: 20240131", 1, "date", "`20240131`, not a date"),
     ("profile: 7", 1, "profile", "`7`, not a text"),
     ("stages: sft", 1, "stages", "`sft`, not a list"),
-    ("stages: [sft, tran]", 15, "stages[2]", "`tran`, not one of data, sft, dpo, merge, serve, eval"),
+    ("stages: [sft, tran]", 15, "stages[2]", "`tran`, not one of data, sft, dpo, merge, export, serve, eval"),
     ("success_criteria: a < 1", 1, "success_criteria", "not a list"),
     ("success_criteria: [a < 1, 5]", 27, "success_criteria[2]", "`5`, not a text or a mapping"),
     ("success_criteria: [{criterion: b < 2, rol: primary}]", 39, "success_criteria[1].rol", "there is no such key"),
