@@ -174,7 +174,9 @@ def test_more_context_than_the_model_holds_is_refused(trained: "Trained", prepar
 
 
 @pytest.mark.parametrize(
-    ("host", "key", "told"), [("0.0.0.0", "", True), ("0.0.0.0", KEY, False), ("127.0.0.2", "", False)]
+    ("host", "key", "told"),
+    [("0.0.0.0", "", True), ("0.0.0.0", KEY, False), ("127.0.0.2", "", False)],
+    ids=["open", "open, with a key", "loopback"],
 )
 def test_an_open_address_without_a_key_is_told(
     copied: "Trained",
