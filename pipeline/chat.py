@@ -112,7 +112,7 @@ class Chat:
         self.bos_id: int | None = tokenizer.bos_token_id
         # Llama-3 names only two of its own
         added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-        self._reserved = [t for t in dict.fromkeys([*tokenizer.all_special_tokens, *added]) if t.strip()]
+        self.reserved_tokens = [t for t in dict.fromkeys([*tokenizer.all_special_tokens, *added]) if t.strip()]
         line, word, both = tokenizer(["\n", "a", "\na"], add_special_tokens=False)["input_ids"]
         self._apart = line + word == both  # an answer can be tokenised apart from its prompt
         date = self._fix_date()
@@ -158,7 +158,7 @@ class Chat:
         return next((token for m in messages if (token := self.reserved(m.content))), None)
 
     def reserved(self, text: str) -> str | None:
-        return next((token for token in self._reserved if token in text), None)
+        return next((token for token in self.reserved_tokens if token in text), None)
 
     def _once(self, encode: Callable[[], T], *parts: Sequence[Message]) -> T:
         if self._known is None:
@@ -263,7 +263,7 @@ class Chat:
         _, found, after = self._render(PROBES[0]).rpartition(answer)
         if not found:
             raise UserError("its template changes the assistant's text", where=self.name)
-        ends = [token for token in self._reserved if token in after]
+        ends = [token for token in self.reserved_tokens if token in after]
         if not ends:
             shredded = f", but with {after.strip()!r}, which is no token" if after.strip() else ""
             raise UserError(

@@ -132,7 +132,7 @@ class VllmServer:
             "ALETHEIA_CONTRACT": self.chat.contract.sha256,
             "ALETHEIA_COUNTS": str(files / COUNTS),
             "ALETHEIA_MAX_BODY": str(int(config.max_body_mb * 1e6)),
-            "ALETHEIA_RESERVED": json.dumps(self.chat._reserved),
+            "ALETHEIA_RESERVED": json.dumps(self.chat.reserved_tokens),
         }
         if self.environment.build == "cpu":
             allowed = len(os.sched_getaffinity(0))

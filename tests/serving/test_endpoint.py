@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
@@ -89,13 +88,6 @@ def test_answers_come_in_the_order_of_their_questions_each_with_its_seed(
     texts = [tuned_chat.tokenizer.decode(answer.tokens) for answer in answers]
     assert texts == [f"question {n} {100 + n}" for n in range(20)]
     assert {answer.finish_reason for answer in answers} == {"stop"}
-
-
-def test_a_server_of_our_own_answers_and_does_not_stay(copied: "Trained") -> None:
-    with own_server(copied.job(), copied.merge, "transformers") as address:
-        assert Endpoint(address, ("small-merged",)).model == "small-merged"
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{address}/models")
 
 
 def test_a_backend_that_is_not_here_says_so_itself(

@@ -26,7 +26,7 @@ from tests.serving.in_process import serving
 if TYPE_CHECKING:
     from tests.conftest import Trained
 
-REQUESTS, CLIENTS, TOKENS, CONTEXT = 200, 64, 12, 1024
+REQUESTS, CLIENTS, TOKENS, CONTEXT = 200, 64, 8, 1024
 ASKED = [f"What is {noun}?" for noun in ("an index", "a lock", "a queue", "a cache", "a shard", "a pod")]
 LEFT_BEHIND = ("RequestState", "GenerationOutput", "Mailbox")
 Body = dict[str, Any]
@@ -136,10 +136,10 @@ def left_behind() -> int:
 
 
 def test_memory_stays_flat_over_wave_after_wave(served: Served) -> None:
-    asyncio.run(wave(served, 40))  # touches the cache's pages once
+    asyncio.run(wave(served, 20))  # touches the cache's pages once
     process, found = psutil.Process(), []
     for _ in range(3):
-        asyncio.run(wave(served, 40))
+        asyncio.run(wave(served, 20))
         found.append((left_behind(), threading.active_count(), process.memory_info().rss))
     objects, threads, memory = zip(*found, strict=True)
     assert max(objects) <= 2 * 16, "no more than the last pass had"

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 
 from pipeline.chat import Chat
@@ -12,6 +13,7 @@ from pipeline.config import ServeConfig
 from pipeline.data.rows import Conversation, Message
 from pipeline.errors import UserError
 from pipeline.model import Base
+from pipeline.records.find import records
 from pipeline.stage import Source
 from serving.app import Usage, build_app
 from serving.endpoint import Endpoint
@@ -309,6 +311,10 @@ def test_the_command_starts_a_server_of_its_own_and_tells_what_it_left_out(
     assert (plain["backend"], ours["backend"]) == ("transformers, plain", "transformers")
     assert plain["verdict"] == ours["verdict"] == "equal"
     assert ours["log_prob_difference"]["mean"] <= ours["log_prob_bound"]["mean"]
+    _, facts = next(records(copied.workspace))
+    assert facts.stage == "serve" and facts.status == "complete", "it was stopped in order"
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{facts.results['address']}/models")
 
 
 def test_a_mismatch_is_a_table_and_one_line_that_says_what_to_do(
