@@ -47,6 +47,7 @@ def main() -> None:
         "--quick", action="store_true", help="one round of three steps: for the harness, not for figures"
     )
     parser.add_argument("--only", choices=("sft", "dpo", "help"), action="append", help="repeatable")
+    parser.add_argument("--resume", action="store_true", help="go on where an earlier one was stopped")
     parser.add_argument("--results", type=Path, default=CHECKOUT / "benchmarks/results", help="folder")
     parser.add_argument("--show", action="store_true", help="run nothing: the tables and the plot of what is there")
     given = parser.parse_args()
@@ -54,7 +55,8 @@ def main() -> None:
     if given.show:
         found = json.loads(kept.read_text("utf-8"))
     else:
-        found = compete(given.only or ["help", "sft", "dpo"], given.pairs, given.quick, kept)
+        earlier = taken_up(kept, machine()) if given.resume else None
+        found = compete(given.only or ["help", "sft", "dpo"], given.pairs, given.quick, kept, earlier)
     results = [Result(**run | {"losses": tuple(run["losses"])}) for run in found["runs"]]
     draw(kept.with_suffix(".png"), results, NAMES)
     print(f"\n{runs_table(results, NAMES)}\n\n{goals_table(results, NAMES)}")
@@ -70,22 +72,34 @@ def main() -> None:
         sys.exit("\n".join(["\nnot the same work, so no comparison:", *faults]))
 
 
-def compete(tasks: Sequence[str], rounds: int, quick: bool, kept: Path) -> dict[str, Any]:
+def taken_up(kept: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier benchmark found. Raises `SystemExit` where it ran elsewhere, or another commit: no round of this one."""
+    found: dict[str, Any] = json.loads(kept.read_text("utf-8"))
+    for fact in ("commit", "cpu", "cores", "libraries"):
+        if found["machine"][fact] != now[fact]:
+            raise SystemExit(f"{kept}: its {fact} was {found['machine'][fact]}, now {now[fact]}: begin anew")
+    return found
+
+
+def compete(
+    tasks: Sequence[str], rounds: int, quick: bool, kept: Path, earlier: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Every contestant in every round, in turn. Writes what is found after each run: a long benchmark may be stopped."""
     bed = make_bed()
-    found: dict[str, Any] = {"machine": machine(), "bed": bed.facts, "same_work": {}, "runs": []}
-    found["runs"] += [asdict(result) for result in (helps() if "help" in tasks else [])]
+    found = earlier or {"machine": machine(), "bed": bed.facts, "same_work": {}, "runs": []}
+    there = {(run["task"], run["name"], run["round"]) for run in found["runs"]}
+    found["runs"] += [asdict(result) for result in (helps() if "help" in tasks and not earlier else [])]
     trained = [task for task in CONTESTANTS if task in tasks]
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="aletheia-bench-") as work:
-        for task in trained:
+        for task in (task for task in trained if task not in found["same_work"]):
             found["same_work"][task] = same_work(bed, task, "quick" if quick else "0", Path(work))
         for number in range(1 if quick else rounds):
             for task in trained:
                 part = "quick" if quick else str(number % PARTS[task])
                 names = CONTESTANTS[task]
                 first = number % len(names)  # another one each round
-                for name in (*names[first:], *names[:first]):
+                for name in (name for name in (*names[first:], *names[:first]) if (task, name, number) not in there):
                     found["runs"].append(asdict(measured(bed, task, name, number, part, Path(work))))
                     kept.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
         kept.write_text(json.dumps(found, indent=1) + "\n", "utf-8")

@@ -1,5 +1,6 @@
 """The benchmark's own promises: its rows, its eye for work that is not the same, its watch and its ratios."""
 
+import json
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -14,7 +15,7 @@ from benchmarks.bed import LONGEST, PARTS, Bed, make_bed
 from benchmarks.compare import Goal, Result, differences, goals_table
 from benchmarks.contestants import CONTESTANTS, NAMES, Contestant
 from benchmarks.observe import Told, observe
-from benchmarks.training import parameters
+from benchmarks.training import compete, machine, parameters, taken_up
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +202,19 @@ def test_a_command_is_watched_from_outside_with_all_its_processes(tmp_path: Path
 def test_a_command_that_fails_ends_the_benchmark(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"no such model\n.*exit 3"):
         observe([sys.executable, "-c", "print('no such model'); raise SystemExit(3)"], {}, tmp_path, list)
+
+
+def test_a_benchmark_goes_on_with_what_is_missing_and_only_on_the_same_machine_and_commit(
+    bed: Bed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now, kept = machine(), tmp_path / "training.json"
+    runs = [{"task": "dpo", "name": name, "round": number} for name in CONTESTANTS["dpo"] for number in range(2)]
+    found = {"machine": now, "bed": bed.facts, "same_work": {"dpo": {}}, "runs": runs}
+    kept.write_text(json.dumps(found))
+    assert compete(["dpo"], 2, False, kept, taken_up(kept, now)) == found
+    assert not any(capsys.readouterr()), "nothing ran again"
+    with pytest.raises(SystemExit, match=r"its commit was .*: begin anew"):
+        taken_up(kept, now | {"commit": "another"})
 
 
 def test_what_an_adapter_holds_is_read_from_its_file(tmp_path: Path) -> None:
