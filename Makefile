@@ -24,7 +24,7 @@ help:
 	echo "make eval PROFILE=…                       held-out rows, benchmarks, win-rate against the base"
 	echo "make run EXP=EXP-…                        runs a planned record"
 	echo "make report                               one HTML page of all records"
-	echo "make bench                                our speed and memory next to what a user would run instead; about an hour"
+	echo "make bench                                our speed and memory next to what a user would run instead; some two hours"
 	echo "with SET=\"sft_config.epochs=1.0 …\"  FROM=EXP-…  RESUME=1  ARGS=…"
 
 setup: .venv/.installed

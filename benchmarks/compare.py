@@ -128,7 +128,7 @@ def goals_table(results: Sequence[Result], names: Mapping[str, str]) -> str:
         verdict = "reached" if median(helps) <= HELP_GOAL else "MISSED"
         rows.append(("", "aletheia --help", "", f"{spread(helps)} s", f"≤ {HELP_GOAL} s", verdict))
         rows.append(("", "", "", f"{spread([r.cpu for r in results if r.task == 'help'])} CPU s", "", ""))
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def cautions(results: Sequence[Result], cores: int) -> list[str]:
@@ -165,10 +165,10 @@ def runs_table(results: Sequence[Result], names: Mapping[str, str]) -> str:
                 f"{median(r.losses[0] for r in own):.3f} → {median(r.losses[-1] for r in own):.3f}",
             )
         )
-    return _aligned(rows)
+    return aligned(rows)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
     return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

@@ -29,7 +29,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT))
 
 from benchmarks.bed import make_bed  # noqa: E402
-from benchmarks.compare import _aligned, spread  # noqa: E402
+from benchmarks.compare import aligned, spread  # noqa: E402
 from benchmarks.observe import observe  # noqa: E402
 from benchmarks.training import machine, say  # noqa: E402
 
@@ -297,7 +297,7 @@ def goals_table(results: Sequence[Result]) -> str:
         if found:
             verdict = ("reached" if goal.reached(median(found)) else "MISSED") if goal.bound else ""
             rows.append((goal.says, f"{spread(found)}×", goal.bound, verdict))
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def runs_table(results: Sequence[Result]) -> str:
@@ -316,7 +316,7 @@ def runs_table(results: Sequence[Result]) -> str:
                 f"{median(one.peak for one in own) / 1e6:,.0f}",
             )
         )
-    return _aligned(rows)
+    return aligned(rows)
 
 
 if __name__ == "__main__":

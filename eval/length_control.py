@@ -4,8 +4,8 @@
 
 The rate is P at Δ = 0 (Dubois et al. 2024, arXiv 2404.04475). Both parameters are fitted anew in every bootstrap sample of
 the questions, so the interval holds what the fit does not know. Half a win and half a loss of equal length are added to
-the questions, and φ has a normal prior of deviation 5 (an odds ratio of 150): without them a side that won all, or all of
-its longer answers, would have no finite fit.
+the questions, and φ has a normal prior of deviation 5 (an odds ratio of 150): without them a sample in which one side won
+all, or all of its longer answers, would have no finite fit.
 """
 
 from collections.abc import Sequence

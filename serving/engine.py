@@ -9,7 +9,7 @@ from pipeline.chat import Chat
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one answer is drawn. Temperature 0 is greedy; the same seed draws the same answer, whatever else is generated."""
+    """How one answer is drawn. Temperature 0 is greedy; the same seed draws the same answer, but for rounding."""
 
     max_tokens: int
     temperature: float = 1.0

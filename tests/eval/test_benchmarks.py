@@ -20,20 +20,6 @@ TASK = "aletheia_choices"
 ITEMS = 5
 
 
-@pytest.fixture(scope="module")
-def model(trained: "Trained") -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(trained.output("merge")).eval()
-
-
-@pytest.fixture(scope="module")
-def chat(trained: "Trained") -> Chat:
-    from transformers import AutoTokenizer
-
-    return Chat(AutoTokenizer.from_pretrained(trained.output("merge")), "merged")
-
-
 def right_by_hand(model: Any, chat: Chat, row: dict[str, Any]) -> float:
     """1.0 when the right letter is the likeliest after the prompt that training would have made of the question."""
     import torch

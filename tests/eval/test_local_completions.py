@@ -21,20 +21,6 @@ TASK, ITEMS = "aletheia_choices", 6
 
 
 @pytest.fixture(scope="module")
-def model(trained: "Trained") -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(trained.output("merge")).eval()
-
-
-@pytest.fixture(scope="module")
-def chat(trained: "Trained") -> Chat:
-    from transformers import AutoTokenizer
-
-    return Chat(AutoTokenizer.from_pretrained(trained.output("merge")), "merged")
-
-
-@pytest.fixture(scope="module")
 def address(model: Any, chat: Chat) -> Iterator[str]:
     with serving(build_app(TransformersEngine(model, chat, 2048, 4), "small", ServeConfig(), Usage())) as address:
         yield address

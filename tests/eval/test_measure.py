@@ -15,20 +15,6 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="module")
-def model(trained: "Trained") -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(trained.output("merge")).eval()
-
-
-@pytest.fixture(scope="module")
-def chat(trained: "Trained") -> Chat:
-    from transformers import AutoTokenizer
-
-    return Chat(AutoTokenizer.from_pretrained(trained.output("merge")), "merged")
-
-
-@pytest.fixture(scope="module")
 def items(trained: "Trained") -> Items:
     workspace = trained.workspace
     return Items(
