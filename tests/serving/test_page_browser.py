@@ -288,8 +288,11 @@ def test_a_rating_of_the_served_model_becomes_a_pair_that_passes_the_gate(
     piped = aletheia(trained_copy.workspace, "chat", "--endpoint", server.address)
     assert piped.code == 0 and len(piped.out.strip()) > 3
     tab = browser.open(server.address.removesuffix("v1"))
+    tab.run("find('#settings').open = true")
+    tab.click("#temperature")
+    tab.type("0")
     ask(tab, "What is a mutex?")
-    answer = finished(tab)
+    finished(tab)
     tab.click(".rate [value=down]")
     tab.wait("!find('.why').hidden")
     tab.click(".why [name=better]")
@@ -301,7 +304,10 @@ def test_a_rating_of_the_served_model_becomes_a_pair_that_passes_the_gate(
     assert (said.code, said.out) == (0, "data/dpo/feedback.jsonl\n"), said.err
     [row] = map(json.loads, target.read_text().splitlines())
     assert row["prompt"] == [{"role": "user", "content": "What is a mutex?"}]
-    assert " ".join(row["rejected"][0]["content"].split()) == " ".join(answer.split())
+    asked = {"model": server.model, "messages": row["prompt"], "temperature": 0}
+    answer = server.post("chat/completions", json=asked).json()
+    said_by_model = answer["choices"][0]["message"]["content"]  # the page shows it as markdown
+    assert row["rejected"] == [{"role": "assistant", "content": said_by_model}]
     assert row["chosen"][0]["content"] == "A lock that one thread holds at a time."
     [record] = trained_copy.workspace.experiments.glob("EXP-*/feedback.jsonl")
     assert row["records"] == [record.parent.name] and row["models"] == [server.model]
