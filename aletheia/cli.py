@@ -5,6 +5,7 @@ Nothing heavy is imported before it is needed, so help is instant.
 aletheia --help
 """
 
+import gc
 import os
 import sys
 import traceback
@@ -305,6 +306,7 @@ def main() -> None:
     """Runs the command and prints what went wrong in one line."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on a busy machine, spinning threads cost a third of the speed
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # 1,024 kernels, one a shape, are 400 MB: no faster
+    gc.set_threshold(50_000)  # what libraries define is no garbage: to look through it took a sixth of a stage's start
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:

@@ -6,7 +6,7 @@
 
 The base is a Llama of 1.1B random bf16 weights, untied, with a rank-16 LoRA on all linear layers. Ours is `aletheia merge`:
 its record, the hash of the base (that it is the one trained on), files synced to the disk, and the receipt's comparison
-of every tensor with base + adapter in float64. peft's is what its documentation says, with the same tokenizer saved: it
+of every tensor with base + adapter. peft's is what its documentation says, with the same tokenizer saved: it
 checks, hashes and syncs nothing. Seconds are given with our receipt of the tensors and, from the record, without; the
 comparison of logits, which loads models whole as peft does, is run apart. What both wrote is compared, tensor by tensor.
 

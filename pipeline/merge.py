@@ -26,7 +26,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pipeline import lora
+from pipeline import imports, lora
+from pipeline.beside import beside
 from pipeline.chat import PROBES, Chat
 from pipeline.data.rows import Message, PreferencePair
 from pipeline.errors import StageFailed, UserError
@@ -62,12 +63,15 @@ class Merge:
     @classmethod
     def prepare(cls, job: Job) -> Self:
         source = take(job, find.latest_first(job.workspace, job.profile.id, ["dpo", "sft"]), "adapter")
-        base = find_base(job.workspace, job.profile)
+        base, first = find_base(job.workspace, job.profile), taken(source)
+        if job.own_process and first.trained_over == "none" and not job.config.merge_config.adapters:
+            imports.leave_out("bitsandbytes")
+        identity = beside(base.identity)  # reads all of the weights, while the libraries are imported
         chat = base.chat()
-        check_trained_on(base, chat, job.workspace, source)
+        check_trained_on(base, chat, job.workspace, source, identity)
         if "quantization_config" in json.loads((base.folder / "config.json").read_text()):
             raise job.profile.error("base_model", f"{base.name} is stored quantised", "the model it was quantised from")
-        all_taken = [first := taken(source), *further(job, base, chat, first)]
+        all_taken = [first, *further(job, base, chat, first)]
         read = [lora.read(one.folder, base.folder, base.trust_remote_code) for one in all_taken]
         adapter = together(read, [one.name for one in all_taken])
         return cls(job, base, chat, source, all_taken, adapter, [one.input for one in all_taken if one.input])

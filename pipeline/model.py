@@ -121,15 +121,20 @@ def load_model(folder: Path, base: Base, quantization: str = "none") -> Any:
     return model.eval()
 
 
-def check_trained_on(base: Base, chat: Chat, workspace: Workspace, source: Source) -> None:
-    """Raises `UserError` when an adapter was trained with another template, or on other weights, than the base has now."""
+def check_trained_on(
+    base: Base, chat: Chat, workspace: Workspace, source: Source, identity: Callable[[], dict[str, Any]] | None = None
+) -> None:
+    """Raises `UserError` when an adapter was trained with another template, or on other weights, than the base has now.
+
+    `identity` waits for the base's, where that has been begun.
+    """
     if Contract.load(source.output) != chat.contract:
         raise UserError(
             "was trained with another chat template than the base has now",
             where=workspace.shown(source.output),
             remedy="training again on this base",
         )
-    if (source.facts.lineage.base or {}).get("sha256") != base.identity()["sha256"]:
+    if (source.facts.lineage.base or {}).get("sha256") != (identity or base.identity)()["sha256"]:
         raise UserError(
             "was trained on other weights than this base's",
             where=workspace.shown(source.file.path),

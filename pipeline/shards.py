@@ -7,9 +7,10 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 from pipeline.errors import UserError
 from pipeline.records.find import sha256
@@ -17,6 +18,21 @@ from pipeline.records.find import sha256
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' name: torch's
 CHUNK = 1 << 22  # bytes copied at once
+SYNCED = 1 << 24  # bytes written between two syncs
+
+
+class Memory:
+    """For one tensor at a time, until the next is read into it: fresh memory takes as long as the reading."""
+
+    def __init__(self) -> None:
+        self._bytes: Any = None
+
+    def take(self, length: int) -> Any:
+        import torch
+
+        if self._bytes is None or len(self._bytes) < length:
+            self._bytes = torch.empty(length, dtype=torch.uint8)
+        return self._bytes[:length]
 
 
 @dataclass(frozen=True)
@@ -30,16 +46,22 @@ class Stored:
     start: int
     end: int
 
-    def read(self) -> Any:
-        """The tensor, in memory of its own. Floating point only; raises `UserError` where the file ends early."""
+    def read(self, memory: Memory | None = None) -> Any:
+        """The tensor, else in memory of its own. Floating point only; raises `UserError` where the file ends early."""
         import torch
 
-        raw = torch.empty(self.end - self.start, dtype=torch.uint8)
+        raw = (memory or Memory()).take(self.end - self.start)
         with self.file.open("rb") as file:
             file.seek(self.start)
             if file.readinto(raw.numpy()) < len(raw):
                 raise _cut_off(self.file)
         return raw.view(getattr(torch, FLOATS[self.dtype])).reshape(self.shape)
+
+    def forget(self) -> None:
+        """Lets the system forget what it holds of it in memory, where it takes such advice."""
+        if hasattr(os, "posix_fadvise"):
+            with self.file.open("rb") as file:
+                os.posix_fadvise(file.fileno(), self.start, self.end - self.start, os.POSIX_FADV_DONTNEED)
 
     def chunks(self, file: BinaryIO) -> Iterator[bytes]:
         """Its bytes as they lie in `file`, of any dtype."""
@@ -129,6 +151,55 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
+class Writer:
+    """A file written and hashed by a second thread, one piece behind; on the disk, and not in memory, when it is closed.
+
+    The page cache holds little of it at any time, so what is read back of it comes from the disk.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._digest, self._behind = path.open("wb"), hashlib.sha256(), 0
+        self._thread = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def write(self, values: Any) -> None:
+        """Bytes, which must not change any more. Raises what went wrong with those before."""
+        self._wait()
+        self._last = self._thread.submit(self._put, memoryview(values))
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        with self._file, self._thread:
+            if not kind:
+                self._wait()
+                self._sync()
+
+    def _wait(self) -> None:
+        if self._last:
+            self._last.result()
+
+    def _put(self, values: memoryview) -> None:
+        for at in range(0, len(values), CHUNK):
+            chunk = values[at : at + CHUNK]
+            self._file.write(chunk)
+            self._digest.update(chunk)
+            self._behind += len(chunk)
+            if self._behind >= SYNCED:
+                self._sync()
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        _drop(self._file)
+        self._behind = 0
+
+
 def rewrite(
     base: Path, folder: Path, changes: Mapping[str, Callable[[Any], Any]], journal: Journal | None = None
 ) -> Iterator[str]:
@@ -137,40 +208,35 @@ def rewrite(
     Shapes and dtypes stay, so the files keep their headers; what is not changed is copied byte for byte. One tensor at a
     time is in memory. A file is synced, then added to the journal; those in it already are not written again.
     """
+    memory = Memory()
     for shard in shards(base):
         if journal and shard.name in journal.files:
             yield from stored(shard)
             continue
-        places, digest = stored(shard), hashlib.sha256()
-        with shard.open("rb") as old, (folder / shard.name).open("wb") as new:
-
-            def write(values: Any, new: BinaryIO = new, digest: Any = digest) -> None:
-                new.write(values)
-                digest.update(values)
-
+        with shard.open("rb") as old, Writer(folder / shard.name) as new:
             length = old.read(8)
-            write(length + old.read(int.from_bytes(length, "little")))
-            for name, tensor in places.items():
+            new.write(length + old.read(int.from_bytes(length, "little")))
+            for name, tensor in stored(shard).items():
                 if name in changes:
-                    write(_changed(tensor, changes[name]))
+                    new.write(_changed(tensor, changes[name], memory))
                 else:
                     for chunk in tensor.chunks(old):
-                        write(chunk)
+                        new.write(chunk)
                 yield name
-            new.flush()
-            os.fsync(new.fileno())
         if journal:
-            journal.add(shard.name, digest.hexdigest())
+            journal.add(shard.name, new.sha256)
     if (base / INDEX).exists():
         (folder / INDEX).write_bytes((base / INDEX).read_bytes())
 
 
-def _changed(tensor: Stored, change: Callable[[Any], Any]) -> Any:
+def _changed(tensor: Stored, change: Callable[[Any], Any], memory: Memory) -> Any:
     """The bytes of a tensor's new values. Raises `ValueError` for other values than the header has room for."""
     import torch
 
-    before = tensor.read()
+    before = tensor.read(memory)
     after = change(before)
+    if after.untyped_storage().data_ptr() == before.untyped_storage().data_ptr():
+        after = after.clone()  # the next is read into it, while this one is written
     if (after.dtype, after.shape) != (before.dtype, before.shape):
         raise ValueError(f"{tensor.name} would become {after.dtype} {tuple(after.shape)}")
     return after.contiguous().flatten().view(torch.uint8).numpy()
@@ -178,6 +244,12 @@ def _changed(tensor: Stored, change: Callable[[Any], Any]) -> Any:
 
 def _cut_off(file: Path) -> UserError:
     return UserError("is cut off, or no safetensors file", where=str(file), remedy="fetching it again")
+
+
+def _drop(file: BinaryIO) -> None:
+    """Lets the system forget what it holds of the file in memory, where it takes such advice."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def sync(path: Path) -> None:

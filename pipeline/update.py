@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from pipeline.blocks import over_blocks
 from pipeline.errors import UserError
 
 Arithmetic = Literal["float32", "peft"]
-BLOCK = 1 << 17  # elements worked on at once: about what a core's cache holds, four times as fast as a whole matrix
+At = Callable[[slice], tuple[Any, Any]]
 UNIT = 2**-24  # unit roundoff of float32
 NOTHING = 1e-300  # where not even a last bit may differ
 
@@ -33,8 +34,8 @@ class Update(Protocol):
     def merged(self, weight: Any, arithmetic: Arithmetic = "float32") -> Any:
         """`weight` with the adapter in it, of the same dtype. `weight` itself is not altered."""
 
-    def exact(self, weight: Any, arithmetic: Arithmetic = "float32") -> Iterator[tuple[slice, Any, Any]]:
-        """Rows, their merged values in float64, and how far `merged` may be from each: rounding errors all told."""
+    def exact(self, weight: Any, arithmetic: Arithmetic = "float32") -> At:
+        """Gives, of rows, their values computed in a wider dtype and how far `merged` may be from each: all rounding."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +64,21 @@ class LowRank:
 
         if arithmetic == "peft":
             return self._as_peft(weight)
-        merged = torch.empty_like(weight)
-        norm: Any = 0
+        merged, by_column = torch.empty_like(weight), None
         if self.magnitude is not None and self.embedding:
-            for rows in blocks(weight):
-                norm = norm + self._total(weight, rows).double().square_().sum(0)
-            norm = norm**0.5
-        for rows in blocks(weight):
+            squares = over_blocks(weight, lambda rows: self._total(weight, rows).double().square_().sum(0))
+            by_column = (self.magnitude / sum(squares) ** 0.5).float()
+
+        def merge(rows: slice) -> None:
             total = self._total(weight, rows)
-            if self.magnitude is not None and self.embedding:
-                total.mul_((self.magnitude / norm).float())
+            if by_column is not None:
+                total.mul_(by_column)
             elif self.magnitude is not None:
                 norm = torch.linalg.vector_norm(total, dim=1, dtype=torch.float64)
                 total.mul_((self.magnitude[rows] / norm).float()[:, None])
             merged[rows] = total
+
+        over_blocks(weight, merge)
         return merged
 
     def _total(self, weight: Any, rows: slice) -> Any:
@@ -104,48 +106,52 @@ class LowRank:
             weight = total.to(weight.dtype)
         return weight
 
-    def exact(self, weight: Any, arithmetic: Arithmetic = "float32") -> Iterator[tuple[slice, Any, Any]]:
-        """The bound of a sum of rank + 1 products in float32 (Higham 2002, section 3.1), with |B|·|A| ≤ ‖B‖‖A‖."""
+    def exact(self, weight: Any, arithmetic: Arithmetic = "float32") -> At:
+        """The bound of a sum of rank + 1 products in float32 (Higham 2002, section 3.1), with |B|·|A| ≤ ‖B‖‖A‖.
+
+        In float64; a LoRA of 16-bit weights in float32, whose own error, as large, is added.
+        """
         # of a norm: squares summed one after the other in float32; in float64 nothing that counts
         squares = len(weight) if self.embedding else weight[:1].numel()
         of_norm = ((squares / 2 if arithmetic == "peft" else 0) + 4) * UNIT
-        norm, error_of_norm = self._column_norms(weight) if self.magnitude is not None and self.embedding else (0, 0)
-        for rows, total, error in self._sums(weight, arithmetic):
+        sums = self._sums(weight, arithmetic)
+        by_column = _norms(weight, sums) if self.magnitude is not None and self.embedding else None
+
+        def at(rows: slice) -> tuple[Any, Any]:
+            total, error = sums(rows)
             if self.magnitude is not None:
-                magnitude = self.magnitude.double()
-                if not self.embedding:
-                    magnitude = magnitude[rows, None]
-                    norm, error_of_norm = total.norm(dim=1, keepdim=True), error.norm(dim=1, keepdim=True)
+                magnitude = (self.magnitude if self.embedding else self.magnitude[rows, None]).double()
+                norm, off = by_column or (total.norm(dim=1, keepdim=True), error.norm(dim=1, keepdim=True))
                 factor = magnitude / norm
-                error.addcmul_(total.abs(), error_of_norm / norm + of_norm).mul_(factor.abs())
+                error.addcmul_(total.abs(), off / norm + of_norm).mul_(factor.abs())
                 total.mul_(factor)
-            yield rows, total, error.add_(rounding(total, weight))
+            return total, error.add_(rounding(total, weight))
 
-    def _column_norms(self, weight: Any) -> tuple[Any, Any]:
-        """‖V‖ of each column in float64, and how far that of the sum in float32 may be from it."""
-        norm = error_of_norm = 0
-        for _, total, error in self._sums(weight, "float32"):
-            norm, error_of_norm = norm + total.square().sum(0), error_of_norm + error.square().sum(0)
-        return norm**0.5, error_of_norm**0.5
+        return at
 
-    def _sums(self, weight: Any, arithmetic: Arithmetic) -> Iterator[tuple[slice, Any, Any]]:
-        """Rows, W + Σ s·B·A in float64, and how far the sum in float32 may be from it before its last rounding."""
+    def _sums(self, weight: Any, arithmetic: Arithmetic) -> At:
+        """Of rows, W + Σ s·B·A, and how far the sum in float32 may be from it before its last rounding."""
         import torch
 
-        exact = [(f.a.double(), f.b.double(), f.scale) for f in self.factors]
+        narrow = weight.dtype.itemsize < 4 and self.magnitude is None
+        wide, sums = (torch.float32, 2) if narrow else (torch.float64, 1)
+        exact = [(f.a.to(wide), f.b.to(wide), f.scale) for f in self.factors]
         known = [(a, b, scale, a.norm(dim=0), b.norm(dim=1)) for a, b, scale in exact]
-        for rows in blocks(weight):
-            total, error = weight[rows].to(torch.float64, copy=True), None
+
+        def at(rows: slice) -> tuple[Any, Any]:
+            total, error = weight[rows].to(wide, copy=True), None
             for a, b, scale, a_norm, b_norm in known:
                 if error is not None and arithmetic == "peft":  # what the adapter before was rounded to
                     error.add_(rounding(total.abs().add_(error), weight))
-                share = (len(a) + 4) * UNIT
-                of_sum = total.abs().mul_(share).addr_(b_norm[rows], a_norm, alpha=share * abs(scale))
+                share = sums * (len(a) + 4) * UNIT
+                of_sum = total.abs().addr_(b_norm[rows], a_norm, beta=share, alpha=share * abs(scale))
                 error = of_sum if error is None else error.add_(of_sum)
                 if arithmetic == "peft" and self.embedding and self.magnitude is None:
                     error.add_(rounding(torch.mm(b[rows], a).mul_(scale), weight))
                 total.addmm_(b[rows], a, alpha=scale)
-            yield rows, total, error
+            return total, error
+
+        return at
 
 
 @dataclass(frozen=True)
@@ -158,10 +164,12 @@ class Replacement:
     def merged(self, weight: Any, arithmetic: Arithmetic = "float32") -> Any:
         return self.tensor.to(weight.dtype, copy=True)
 
-    def exact(self, weight: Any, arithmetic: Arithmetic = "float32") -> Iterator[tuple[slice, Any, Any]]:
-        for rows in blocks(weight):
+    def exact(self, weight: Any, arithmetic: Arithmetic = "float32") -> At:
+        def at(rows: slice) -> tuple[Any, Any]:
             new = self.tensor.reshape(weight.shape)[rows].double()  # a number alone comes as a row of one
-            yield rows, new, rounding(new, weight)
+            return new, rounding(new, weight)
+
+        return at
 
 
 @dataclass(frozen=True)
@@ -175,18 +183,20 @@ class Rows:
     def merged(self, weight: Any, arithmetic: Arithmetic = "float32") -> Any:
         return weight.index_copy(0, self.tokens, self.values.to(weight.dtype))
 
-    def exact(self, weight: Any, arithmetic: Arithmetic = "float32") -> Iterator[tuple[slice, Any, Any]]:
+    def exact(self, weight: Any, arithmetic: Arithmetic = "float32") -> At:
         """Every other row may be off by nothing."""
         import torch
 
-        for rows in blocks(weight):
+        def at(rows: slice) -> tuple[Any, Any]:
             new = weight[rows].to(torch.float64, copy=True)
             error = torch.full_like(new, NOTHING)
             inside = (self.tokens >= rows.start) & (self.tokens < rows.start + len(new))
-            at = self.tokens[inside] - rows.start
-            new[at] = self.values[inside].double()
-            error[at] = rounding(new[at], weight)
-            yield rows, new, error
+            tokens = self.tokens[inside] - rows.start
+            new[tokens] = self.values[inside].double()
+            error[tokens] = rounding(new[tokens], weight)
+            return new, error
+
+        return at
 
 
 @dataclass(frozen=True)
@@ -251,10 +261,11 @@ def _sum(one: Change, other: Change) -> Change:
     return Change(load, adds_up=True)
 
 
-def blocks(weight: Any) -> Iterator[slice]:
-    """Slices of a tensor's rows, so that a block's temporaries stay in the cache."""
-    step = max(1, BLOCK * len(weight) // max(1, weight.numel()))
-    return (slice(start, start + step) for start in range(0, len(weight), step))
+def _norms(weight: Any, sums: At) -> tuple[Any, Any]:
+    """‖V‖ of each column in float64, and how far that of the sum in float32 may be from it."""
+    found = over_blocks(weight, lambda rows: [one.square_().sum(0) for one in sums(rows)])
+    norm, off = (sum(squares) ** 0.5 for squares in zip(*found, strict=True))
+    return norm, off
 
 
 def rounding(values: Any, weight: Any) -> Any:
