@@ -32,9 +32,9 @@ setup: .venv/.installed
 	$(PYTHON) bootstrap.py
 
 setup-llamacpp: setup
-	.venv/bin/python -m serving.llamacpp_setup
+	.venv/bin/python -m serving.llamacpp_backend.setup
 setup-vllm:
-	$(PYTHON) -m serving.vllm_setup $(if $(BUILD),--build "$(BUILD)")
+	$(PYTHON) -m serving.vllm_backend.setup $(if $(BUILD),--build "$(BUILD)")
 
 setup-latency: .venv-latency/.installed
 .venv-latency/.installed: eval/requirements-latency.txt .venv/.installed

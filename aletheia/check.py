@@ -63,8 +63,9 @@ def parity(
     from pipeline.errors import StageFailed, UserError
     from pipeline.progress import say
     from pipeline.quiet import quiet
-    from serving.parity import REMEDIES, WORDS, check_parity
-    from serving.probes import PRECISIONS
+    from serving.parity.check import check_parity
+    from serving.parity.compared import REMEDIES, WORDS
+    from serving.parity.probes import PRECISIONS
 
     if dtype not in (None, *PRECISIONS):
         raise UserError(f"there is no precision `{dtype}`", where="--dtype", remedy=", ".join(PRECISIONS))

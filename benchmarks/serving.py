@@ -194,7 +194,7 @@ def load(folder: Path) -> tuple[Any, Any, int]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from pipeline.chat import Chat
-    from serving.transformers_engine import use_threads
+    from serving.transformers_backend.engine import use_threads
 
     threads = use_threads(None)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -208,8 +208,8 @@ def serve(folder: Path) -> None:
     import uvicorn
 
     from pipeline.config import ServeConfig
-    from serving.app import Usage, build_app
-    from serving.transformers_engine import TransformersEngine
+    from serving.front.app import Usage, build_app
+    from serving.transformers_backend.engine import TransformersEngine
 
     model, chat, threads = load(folder)
     app = build_app(TransformersEngine(model, chat, CONTEXT, STREAMS), "bench", ServeConfig(), Usage())

@@ -9,7 +9,7 @@ memory at a time; every figure is paired item by item and carries its interval. 
 beside the record. `latency`, only when named: a server under load (`eval/latency.py`).
 
 Before anything is said of the model, parity is: that its prompts are those it was trained with, and with `--endpoint`,
-over which the win-rate's answers then come, that the server there is this very model (`serving/parity.py`).
+over which the win-rate's answers then come, that the server there is this very model (`serving/parity/`).
 """
 
 import gc
@@ -37,10 +37,12 @@ from pipeline.records.metrics import benchmark_is_lower_better
 from pipeline.records.schema import Input
 from pipeline.stage import Job, Source
 from pipeline.tasks import find_tasks
-from serving import parity
 from serving.endpoint import Endpoint, answer_all, own_server
 from serving.engine import Answer, Sampling
-from serving.probes import Probe, Reference, held_out, make_probes, make_reference
+from serving.parity.check import names
+from serving.parity.plain import compare_template
+from serving.parity.probes import Probe, Reference, held_out, make_probes, make_reference
+from serving.parity.served import compare
 from serving.serve import load_source, model_name, servable
 
 EVALUATIONS = ("heldout", "benchmarks", "winrate")  # when none is named
@@ -72,7 +74,7 @@ class Evaluate:
         if items.questions:
             say(f"win-rate: {winrate.planned_precision(len(items.questions))}")
         url = job.config.eval_config.endpoint
-        endpoint = Endpoint(url, parity.names(job, source)) if url else None
+        endpoint = Endpoint(url, names(job, source)) if url else None
         return cls(job, base, chat, source, items, endpoint, prompts, [source.input])
 
     def plan(self) -> list[tuple[str, str]]:
@@ -108,7 +110,7 @@ class Evaluate:
         asked = replace(self.items, questions=()) if self.endpoint else self.items
         tuned = measure(model, self.chat, asked, config, label)
         probes = make_probes(self.chat, list(self.items.conversations))
-        found, scores = parity.compare_template(model, self.source, self.base, self.chat, probes)
+        found, scores = compare_template(model, self.source, self.base, self.chat, probes)
         results["parity"] = {"prompts": len(probes), "in_process": found.as_record()}
         if found.problem:
             say(f"note: parity: {found.problem[0]}; try {found.problem[1]}")
@@ -133,7 +135,7 @@ class Evaluate:
     ) -> list[Answer]:
         """To the open questions. Raises `StageFailed` when it is another model that answers there."""
         config, label = self.job.config.eval_config, model_name(self.job, self.source)
-        served = parity.compare(endpoint, endpoint.root, self.chat, probes, reference, None)
+        served = compare(endpoint, endpoint.root, self.chat, probes, reference, None)
         facts["endpoint"] = served.as_record()
         if served.problem:
             what, remedy = served.problem
@@ -151,7 +153,7 @@ class Evaluate:
             if endpoint is None:
                 backend = config.serve_config.backend
                 address = stack.enter_context(own_server(self.job, self.source.file.id, backend))
-                endpoint = Endpoint(address, parity.names(self.job, self.source))
+                endpoint = Endpoint(address, names(self.job, self.source))
             results = latency.measure(endpoint, self.prompts, config.eval_config, record.folder)
         latency.tell(results)
         return results

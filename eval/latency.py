@@ -30,7 +30,7 @@ from pipeline.data.rows import Message
 from pipeline.errors import StageFailed, UserError
 from pipeline.progress import say
 from pipeline.statistics import Figure
-from pipeline.workspace import CHECKOUT
+from pipeline.workspace import CHECKOUT, INSTALLED
 from serving.endpoint import REQUEST_TIMEOUT, Endpoint, Lacks
 
 NEEDED = {"p50": (0.50, 1), "p95": (0.95, 200), "p99": (0.99, 1000)}  # the quantile, and answers that it takes
@@ -43,7 +43,7 @@ def guidellm() -> Path:
     """Raises `UserError` where it is not installed."""
     folder = Path(os.environ.get("ALETHEIA_LATENCY") or CHECKOUT / ".venv-latency")
     command = folder / "bin" / "guidellm"
-    if not (command.exists() and (folder / ".installed").exists()):
+    if not (command.exists() and (folder / INSTALLED).exists()):
         raise UserError(
             "guidellm, which measures it, is not installed", where="eval latency", remedy="make setup-latency"
         )

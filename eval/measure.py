@@ -10,7 +10,7 @@ from pipeline.chat import Chat, Encoded
 from pipeline.config import EvalConfig
 from pipeline.data.rows import Conversation, Message, PreferencePair, Question
 from serving.engine import Answer, Sampling
-from serving.transformers_engine import generate_all
+from serving.transformers_backend.engine import generate_all
 
 if TYPE_CHECKING:
     from pipeline.trainer import Execution

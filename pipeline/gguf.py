@@ -1,6 +1,6 @@
 """llama.cpp beside this environment: where it is, its converter, its quantiser, and a GGUF file as it reads it.
 
-`make setup-llamacpp` builds it into `.venv-llamacpp` (`serving.llamacpp_setup`). `aletheia export gguf` and the
+`make setup-llamacpp` builds it into `.venv-llamacpp` (`serving.llamacpp_backend.setup`). `aletheia export gguf` and the
 `llamacpp` backend use it, each part as a program of its own.
 """
 
@@ -19,10 +19,9 @@ from typing import Any, Self
 from pipeline.chat import Chat
 from pipeline.errors import StageFailed, UserError
 from pipeline.gguf_convert import UNKNOWN
-from pipeline.workspace import CHECKOUT
+from pipeline.workspace import CHECKOUT, INSTALLED
 
 SETUP = "make setup-llamacpp"
-STAMP = ".installed"  # written last
 BLOCK = 64  # rows of logits read at once
 HERE = Path(__file__).parent
 _FALLBACK = re.compile(r"(\d+) of (\d+) tensor\(s\) required fallback")
@@ -41,7 +40,7 @@ class LlamaCpp:
         """`ALETHEIA_LLAMACPP`, else `.venv-llamacpp` in the checkout; None where it is not, or not wholly, installed."""
         folder = environment_folder()
         with suppress(OSError, ValueError, KeyError, TypeError):
-            stamp = json.loads((folder / STAMP).read_text("utf-8"))
+            stamp = json.loads((folder / INSTALLED).read_text("utf-8"))
             if set(stamp["cpu"]) <= set(cpu_features()):  # else it would die of an illegal instruction
                 return cls(folder, stamp["version"])
         return None
@@ -50,7 +49,7 @@ class LlamaCpp:
     def required(cls) -> Self:
         found = cls.find()
         if found is None:
-            what = "is of another CPU" if (environment_folder() / STAMP).exists() else "is not installed"
+            what = "is of another CPU" if (environment_folder() / INSTALLED).exists() else "is not installed"
             raise UserError(f"llama.cpp {what}", remedy=f"`{SETUP}`: about ten minutes, once")
         return found
 

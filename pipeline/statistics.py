@@ -1,11 +1,12 @@
 """Figures with their uncertainty. The unit is the row or the prompt, and every consumer derives from here.
 
 Intervals are 95 %: Student's t on per-row values (Miller 2024, arXiv 2411.00640, section 2), Wilson for proportions
-(Wilson 1927). Differences are paired on the same rows.
+(Wilson 1927). Differences are paired on the same rows. Rows of one family are not independent: their sums are the unit.
 """
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -45,10 +46,10 @@ class Change(BaseModel):
         return "better" if (self.delta.value < 0) == lower_is_better else "worse"
 
 
-def mean(values: Sequence[float]) -> Figure:
+def mean(values: Sequence[float], families: Sequence[Hashable] | None = None) -> Figure:
     """Mean of per-row values with Student's t interval; none where all are the same, for that says nothing of others.
 
-    Raises ValueError for no rows.
+    `families`: which family each row is of, such as one text asked in several ways. Raises ValueError for no rows.
     """
     from scipy import stats
 
@@ -56,11 +57,46 @@ def mean(values: Sequence[float]) -> Figure:
     if n == 0:
         raise ValueError("a mean of no rows")
     average = math.fsum(values) / n
-    if min(values) == max(values):  # one row, or no spread to judge by
+    error, freedom = _error_of_mean(values, families)
+    if error == 0:  # one row, or no spread to judge by
         return Figure(value=round(average, 6), n=n)
-    variance = math.fsum((v - average) ** 2 for v in values) / (n - 1)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * math.sqrt(variance / n)
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
     return _rounded(average, average - half, average + half, n)
+
+
+def rate(scores: Sequence[float], families: Sequence[Hashable] | None = None) -> Figure:
+    """Mean of scores between 0 and 1, such as ½ for a tie, with Wilson's interval for as many rows as they are worth.
+
+    The n that a plain share would need for the same error takes the place of n, and t that of z (Korn & Graubard 1998).
+    Near 0 and 1, where t on the scores covers 85 to 90 % at n = 20, this one keeps to its 95 %. Raises ValueError for no
+    rows, or a score outside 0 to 1.
+    """
+    from scipy import stats
+
+    if scores and not (min(scores) >= 0 and max(scores) <= 1):  # so asked, NaN is no score
+        raise ValueError("a score outside 0 to 1")
+    if families is None and set(scores) <= {0.0, 1.0}:
+        return proportion(round(sum(scores)), len(scores))
+    n, average = len(scores), mean(scores, families).value
+    if families and average in (0.0, 1.0):  # one side won all: each family is one win
+        alike = proportion(int(average) * len(set(families)), len(set(families)))
+        return alike.model_copy(update={"n": n})
+    error, freedom = _error_of_mean(scores, families)
+    if error == 0:
+        return Figure(value=average, n=n)
+    spread = average * (1 - average)
+    worth, t = spread / error**2, float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
+    centre = (average + t**2 / worth / 2) / (1 + t**2 / worth)
+    half = t / (1 + t**2 / worth) * math.sqrt(spread / worth + (t / worth) ** 2 / 4)
+    return _rounded(average, centre - half, centre + half, n)
+
+
+def bounds(scores: Sequence[float], unscored: int) -> tuple[Figure, Figure]:
+    """The rate were every row without a score lost, and were every one won (Horowitz & Manski 2000).
+
+    What is outside both intervals holds whatever became of those rows. Raises ValueError for no rows at all.
+    """
+    return rate([*scores, *[0.0] * unscored]), rate([*scores, *[1.0] * unscored])
 
 
 def proportion(successes: int, n: int) -> Figure:
@@ -112,11 +148,39 @@ def smallest_difference(n: int, deviation: float, power: float = 0.8) -> float:
     return float(z * deviation / math.sqrt(n))
 
 
+def rows_needed(difference: float, deviation: float, power: float = 0.8) -> int:
+    """How many rows show a mean difference of this size: ((z₁₋α/₂ + z_power)·σ/δ)². Raises ValueError for no difference."""
+    if not difference:
+        raise ValueError("no number of rows shows a difference of 0")
+    return math.ceil((smallest_difference(1, deviation, power) / difference) ** 2)
+
+
 def sign_test(wins: int, losses: int) -> float:
-    """Two-sided exact p of the decisive prompts under a fair coin; 1.0 when there are none."""
+    """Two-sided exact p of the decisive prompts under a fair coin; 1.0 when there are none. Of 0/1 pairs: McNemar's."""
     from scipy import stats
 
     return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+
+
+def _error_of_mean(values: Sequence[float], families: Sequence[Hashable] | None) -> tuple[float, float]:
+    """Standard error of the mean and its degrees of freedom; (0, 0) of one family. Without families: s/√n and n − 1.
+
+    Cluster-robust with the bias of few and unequal families taken out: CR2 and its freedom (Bell & McCaffrey 2002).
+    """
+    n, average = len(values), math.fsum(values) / len(values)
+    if min(values) == max(values):
+        return 0.0, 0.0
+    sizes: dict[Hashable, int] = defaultdict(int)
+    sums: dict[Hashable, float] = defaultdict(float)
+    for value, family in zip(values, range(n) if families is None else families, strict=True):
+        sizes[family] += 1
+        sums[family] += value - average
+    if len(sizes) == 1:
+        return 0.0, 0.0
+    variance = math.fsum(sums[family] ** 2 / (1 - size / n) for family, size in sizes.items()) / n**2
+    shared = [size**2 / (n - size) for size in sizes.values()]
+    others = math.fsum(shared) ** 2 - math.fsum(w**2 for w in shared)
+    return math.sqrt(variance), n**2 / (sum(size**2 for size in sizes.values()) + others)
 
 
 def _rounded(value: float, low: float, high: float, n: int) -> Figure:

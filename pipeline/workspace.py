@@ -6,6 +6,7 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 LOCK_FILE = CHECKOUT / "requirements.lock"
+INSTALLED = ".installed"  # written last into an environment of its own, such as `.venv-vllm`: all of it is there
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Which backend serves, and why: the one asked for, or fail; else vLLM where it and a GPU are; else transformers.
 
-`transformers` and `llamacpp` run behind the server of this project (`serving.app`), vLLM behind its own.
+`transformers` and `llamacpp` run behind the server of this project (`serving.front.app`), vLLM behind its own.
 """
 
 import json
@@ -12,10 +12,9 @@ from typing import Any, Self, get_args
 
 from pipeline.config import ServeConfig
 from pipeline.stage import Job
-from pipeline.workspace import CHECKOUT
+from pipeline.workspace import CHECKOUT, INSTALLED
 
 BACKENDS: tuple[str, ...] = get_args(ServeConfig.model_fields["backend"].annotation)
-STAMP = ".installed"  # written last by `serving.vllm_setup`
 VLLM_ALONE = {"adapters": [], "tensor_parallel": 1, "pipeline_parallel": 1, "vllm_args": []}  # and what leaves them out
 
 
@@ -33,7 +32,7 @@ class Environment:
         folder = Path(os.environ.get(f"ALETHEIA_{name.upper()}") or CHECKOUT / f".venv-{name}").expanduser().absolute()
         python = folder / "bin" / "python"
         try:
-            stamp = json.loads((folder / STAMP).read_text("utf-8"))
+            stamp = json.loads((folder / INSTALLED).read_text("utf-8"))
             return cls(python, stamp["build"], stamp["version"]) if python.exists() else None
         except (OSError, ValueError, KeyError, TypeError):
             return None

@@ -26,8 +26,8 @@ from pipeline.records.schema import Input
 from pipeline.stage import Job, Source, take
 from serving.backends import Choice, choose
 from serving.engine import Engine
-from serving.feedback import NAME as FEEDBACK
-from serving.vllm_server import LOG, VllmServer, counts
+from serving.page.feedback import NAME as FEEDBACK
+from serving.vllm_backend.server import LOG, VllmServer, counts
 
 HEADER_BYTES = 1 << 16  # of a request's head, at most
 KEEP_ALIVE = 15  # seconds that a connection may be idle
@@ -62,7 +62,7 @@ class Serve:
             vllm = VllmServer.prepare(job, choice.environment, source, base, chat, model_name(job, source), context)
             inputs += vllm.inputs
         if choice.backend == "llamacpp":
-            from serving.llamacpp_engine import find_gguf
+            from serving.llamacpp_backend.engine import find_gguf
 
             gguf = find_gguf(job, source)
         config = job.config.serve_config
@@ -117,10 +117,10 @@ class Serve:
         """This project's own server, around an engine."""
         import uvicorn
 
-        from serving.app import build_app
-        from serving.drain import DrainingServer
-        from serving.metrics import Usage
-        from serving.page import Page
+        from serving.front.app import build_app
+        from serving.front.drain import DrainingServer
+        from serving.front.metrics import Usage
+        from serving.page.page import Page
 
         config, usage = self.job.config.serve_config, Usage()
         app = build_app(self._engine(), self.model_name, config, usage, _api_key())
@@ -162,14 +162,14 @@ class Serve:
     def _engine(self) -> Engine:
         config = self.job.config.serve_config
         if self.gguf:
-            from serving.llamacpp_engine import LlamaCppEngine
+            from serving.llamacpp_backend.engine import LlamaCppEngine
 
             llama = LlamaCppEngine(
                 self.gguf, self.chat, self.context, config.max_concurrent, config.threads, config.kv_cache_gb
             )
             llama.start()  # here, where it can be told that it does not
             return llama
-        from serving.transformers_engine import TransformersEngine, use_threads
+        from serving.transformers_backend.engine import TransformersEngine, use_threads
 
         if self.base.device == "cpu":
             use_threads(config.threads)

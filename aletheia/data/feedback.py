@@ -18,7 +18,7 @@ from pipeline.data.rows import PreferencePair, RowFault, text_digest, validated
 from pipeline.errors import UserError
 from pipeline.progress import say
 from pipeline.workspace import Workspace
-from serving.feedback import NAME, Feedback, Invalid, read
+from serving.page.feedback import NAME, Feedback, Invalid, read
 
 SHOWN = 20  # conflicts and lines passed over that are named
 

@@ -21,7 +21,7 @@ from aletheia.chat import visible
 from pipeline.data.read import read_rows
 from pipeline.data.rows import Conversation
 from pipeline.workspace import CHECKOUT, Workspace
-from tests.serving.scripted import TERMINAL, Serving
+from tests.serving.page.scripted import TERMINAL, Serving
 
 if TYPE_CHECKING:
     from tests.conftest import Said

@@ -8,8 +8,8 @@ import pytest
 from benchmarks.bed import make_bed
 from benchmarks.serving import LOW, NAMES, NARROW, STREAMS, Run, load, make_model, over_http, table
 from pipeline.config import ServeConfig
-from serving.app import Usage, build_app
-from serving.transformers_engine import TransformersEngine
+from serving.front.app import Usage, build_app
+from serving.transformers_backend.engine import TransformersEngine
 from tests.serving.in_process import serving
 
 

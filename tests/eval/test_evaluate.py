@@ -183,8 +183,8 @@ def test_the_record_says_that_the_prompts_are_those_of_training(record: Record) 
 def endpoint(own: "Trained", models: Any, chat: Chat) -> Iterator[Callable[[Any], str]]:
     """`endpoint(model)`: the address of a server of that model."""
     from pipeline.config import ServeConfig
-    from serving.app import Usage, build_app
-    from serving.transformers_engine import TransformersEngine
+    from serving.front.app import Usage, build_app
+    from serving.transformers_backend.engine import TransformersEngine
     from tests.serving.in_process import serving
 
     with ExitStack() as stack:

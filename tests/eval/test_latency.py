@@ -154,8 +154,8 @@ def address(trained: "Trained") -> Iterator[str]:
 
     from pipeline.chat import Chat
     from pipeline.config import ServeConfig
-    from serving.app import Usage, build_app
-    from serving.transformers_engine import TransformersEngine
+    from serving.front.app import Usage, build_app
+    from serving.transformers_backend.engine import TransformersEngine
     from tests.serving.in_process import serving
 
     folder = trained.output("merge")

@@ -10,8 +10,8 @@ import pytest
 from pipeline.chat import Chat
 from pipeline.config import ServeConfig
 from pipeline.tasks import find_tasks
-from serving.app import Usage, build_app
-from serving.transformers_engine import TransformersEngine
+from serving.front.app import Usage, build_app
+from serving.transformers_backend.engine import TransformersEngine
 from tests.serving.in_process import serving
 
 if TYPE_CHECKING:

@@ -12,10 +12,11 @@ import torch
 from pipeline.chat import CONTRACT_FILE, Chat
 from pipeline.errors import StageFailed, UserError
 from pipeline.export import Export, choose_pre_tokenizer
-from pipeline.gguf import STAMP, LlamaCpp, Reader, check_metadata, cpu_features
+from pipeline.gguf import LlamaCpp, Reader, check_metadata, cpu_features
 from pipeline.gguf_loss import check_conversion, measure, table
 from pipeline.records.file import RecordFile
 from pipeline.stage import run_stage
+from pipeline.workspace import INSTALLED
 
 if TYPE_CHECKING:
     from tests.conftest import Said, Trained
@@ -30,7 +31,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "llamacpp"
     (folder / "llama.cpp" / "conversion").mkdir(parents=True)
     (folder / "llama.cpp" / "conversion" / "__init__.py").write_text('MAP = {\n    "LlamaForCausalLM": "llama",\n}\n')
-    (folder / STAMP).write_text(json.dumps({"version": "0", "cpu": cpu_features()}))
+    (folder / INSTALLED).write_text(json.dumps({"version": "0", "cpu": cpu_features()}))
     monkeypatch.setenv("ALETHEIA_LLAMACPP", str(folder))
     return folder
 
@@ -49,14 +50,14 @@ def test_without_llamacpp_one_line_says_what_to_do(
 
 def test_an_interrupted_setup_is_no_environment(environment: Path) -> None:
     assert LlamaCpp.find()
-    (environment / STAMP).write_text('{"version": "0"')
+    (environment / INSTALLED).write_text('{"version": "0"')
     assert LlamaCpp.find() is None
-    (environment / STAMP).unlink()
+    (environment / INSTALLED).unlink()
     assert LlamaCpp.find() is None
 
 
 def test_one_built_for_another_cpu_is_not_run(environment: Path) -> None:
-    (environment / STAMP).write_text(json.dumps({"version": "0", "cpu": [*cpu_features(), "avx1024"]}))
+    (environment / INSTALLED).write_text(json.dumps({"version": "0", "cpu": [*cpu_features(), "avx1024"]}))
     with pytest.raises(UserError, match="another CPU"):
         LlamaCpp.required()
 

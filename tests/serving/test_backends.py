@@ -8,8 +8,9 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.stage import Job
+from pipeline.workspace import INSTALLED
 from serving.backends import Environment, choose
-from tests.serving.fake_vllm import install
+from tests.serving.vllm_backend.fake_vllm import install
 
 Make = Callable[..., Job]
 
@@ -97,9 +98,9 @@ def test_an_environment_that_was_not_wholly_installed_is_none(
     folder = install(tmp_path / "vllm")
     monkeypatch.setenv("ALETHEIA_VLLM", str(folder))
     assert Environment.find("vllm") == Environment(folder / "bin" / "python", "cpu", "0.32.0")
-    (folder / ".installed").unlink()
+    (folder / INSTALLED).unlink()
     if stamp is not None:
-        (folder / ".installed").write_text(stamp)
+        (folder / INSTALLED).write_text(stamp)
     assert Environment.find("vllm") is None
 
 

@@ -22,10 +22,10 @@ from pipeline.merge import Merge
 from pipeline.model import Base, load_model
 from pipeline.records.find import artifacts
 from pipeline.stage import Job, run_stage
-from serving.app import build_app
-from serving.metrics import Usage
+from serving.front.app import build_app
+from serving.front.metrics import Usage
 from serving.serve import Serve, load_source, model_name, servable
-from serving.transformers_engine import TransformersEngine
+from serving.transformers_backend.engine import TransformersEngine
 
 if TYPE_CHECKING:
     from tests.conftest import Said, Trained

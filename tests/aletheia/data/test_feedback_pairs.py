@@ -10,8 +10,8 @@ import pytest
 from pipeline.data.read import read_rows
 from pipeline.data.rows import PreferencePair
 from pipeline.workspace import Workspace
-from serving import feedback
-from serving.feedback import NAME
+from serving.page import feedback
+from serving.page.feedback import NAME
 
 if TYPE_CHECKING:
     from tests.conftest import Said

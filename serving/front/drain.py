@@ -1,0 +1,39 @@
+"""uvicorn, which at the first SIGTERM goes on listening until what runs has ended.
+
+uvicorn's own closes its socket at once, so that a balancer meets a refused connection where it should read 503.
+"""
+
+from types import FrameType
+
+import uvicorn
+
+from pipeline.progress import duration, say
+from serving.front.limits import Gate
+
+
+class DrainingServer(uvicorn.Server):
+    """The first signal closes the gate, the second ends what runs with an error; both then end the server.
+
+    `timeout_graceful_shutdown` of the configuration is only for clients that do not read: what runs ends before.
+    """
+
+    def __init__(self, config: uvicorn.Config, gate: Gate) -> None:
+        super().__init__(config)
+        self._gate, self._signals = gate, 0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)  # remembers the signal, and passes it on when the server has ended
+        self._signals += 1
+        if self._signals == 1:
+            self.should_exit = False
+
+    async def on_tick(self, counter: int) -> bool:
+        gate = self._gate
+        if self._signals and not gate.draining:
+            gate.drain()
+            if gate.open:
+                most = duration(gate.config.drain_timeout)
+                say(f"{gate.open} requests are answered first, {most} at most; once more to stop at once")
+        if self._signals > 1:
+            gate.drain(0)
+        return await super().on_tick(counter) or gate.drained
