@@ -185,7 +185,7 @@ class MergeConfig(Section):
     )
     adapters: list[str] = Field(
         [],
-        description="further adapters added in the same pass: EXP-… of a training, or folders; each at its own scale",
+        description="further adapters added in the same pass: EXP-… of a training, or folders; each at its own scale. A DPO holds its SFT already",
     )
 
 

@@ -3,6 +3,8 @@
 Each must be of the same base and the same chat contract. A record is named by its id, or by a folder in its checkpoints
 (a link to one, its `adapter-best`), and its files must be those the record names. Another folder, from elsewhere, must
 bring a contract and name the base; that its weights were these nobody can prove then, and the record says so.
+
+A DPO goes on from its SFT, so it holds it: what two adapters both hold would be added twice, and is refused.
 """
 
 import hashlib
@@ -45,8 +47,12 @@ def taken(source: Source) -> Taken:
 
 
 def further(job: Job, base: Base, chat: Chat, first: Taken) -> list[Taken]:
-    """Those beside the first, which has been checked. Raises `UserError` for one of another base or template."""
+    """Those beside the first, which has been checked.
+
+    Raises `UserError` for one of another base or template, and for two that hold the same adapter.
+    """
     found: list[Taken] = []
+    held = _held(job, first) if job.config.merge_config.adapters else {}
     for name in job.config.merge_config.adapters:
         one = _find(job, base, name)
         shown = job.workspace.shown(one.folder)
@@ -54,8 +60,11 @@ def further(job: Job, base: Base, chat: Chat, first: Taken) -> list[Taken]:
             raise UserError("was trained with another chat template than the base has now", where=shown)
         if one.base not in (None, first.base):
             raise UserError("was trained on other weights than this base's", where=shown)
-        if one.sha256 in [other.sha256 for other in (first, *found)]:
-            raise job.profile.error(KEY, f"{name} would be added twice", "naming it once")
+        own = _held(job, one)
+        for weights in own.keys() & held.keys():
+            what = f"{one.name} holds the adapter of {own[weights]}, as another one does: it would be added twice"
+            raise job.profile.error(KEY, what, "naming one of them")
+        held |= own
         say(f"adds {one.name} (named)")
         found.append(one)
     return found
@@ -78,6 +87,15 @@ def _find(job: Job, base: Base, name: str) -> Taken:
             raise job.profile.error(KEY, f"{name} is no output that {of} names", of)
         taken_input = taken_input.model_copy(update={"path": workspace.shown(workspace.checkpoints / of / output.name)})
     return _of_record(facts, output, taken_input)
+
+
+def _held(job: Job, one: Taken) -> dict[str, str]:
+    """Hashes of the weights that it is, and of those that it went on from, and whose they are."""
+    held = {find.sha256(one.folder / WEIGHTS): one.name}
+    if one.input and (facts := (file := find.named(job.workspace, one.input.id)).facts()):
+        for ancestor, known in find.lineage(job.workspace, file, facts):
+            held |= {part.sha256: ancestor.id for part in known.artifacts if Path(part.path).name == WEIGHTS}
+    return held
 
 
 def _of_record(facts: Facts, folder: Path, taken_input: Input) -> Taken:

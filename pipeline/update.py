@@ -244,11 +244,11 @@ def together(adapters: Sequence[Adapter], where: Sequence[str]) -> Adapter:
             raise UserError("is a DoRA, which adds up with no other adapter", where=name, remedy="merging it alone")
         assert isinstance(adapter.updates, Updates)
         for tensor, change in adapter.updates.changes.items():
-            earlier = changes.get(tensor)
-            if earlier and not (earlier.adds_up and change.adds_up):
-                what = f"changes {tensor}, as another of the adapters does, and one of the two replaces it"
-                raise UserError(what, where=name, remedy="merging one of them alone")
-            changes[tensor] = _sum(earlier, change) if earlier else change
+            if not change.adds_up:
+                raise UserError(
+                    f"replaces {tensor}, which adds up with no other", where=name, remedy="merging it alone"
+                )
+            changes[tensor] = _sum(changes[tensor], change) if tensor in changes else change
     return Adapter(" + ".join(adapter.kind for adapter in adapters), Updates(changes))
 
 

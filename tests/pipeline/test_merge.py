@@ -296,7 +296,15 @@ def both(base: Path, *adapters: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def unrelated(trained: Any) -> None:
+    """As if its DPO had not gone on from its SFT."""
+    facts = trained.record("dpo").facts()
+    facts.lineage.inputs = []
+    trained.record("dpo").write(facts)
+
+
 def test_a_further_adapter_is_added_in_the_same_pass(trained_copy: Any, base: Base) -> None:
+    unrelated(trained_copy)
     merge = run_stage(Merge, trained_copy.job(f"merge_config.adapters=[{trained_copy.sft}]"))
     expected = both(base.folder, trained_copy.output("dpo"), trained_copy.output("sft"))
     for tensor, found in weights(merge.output / "model").items():
@@ -345,6 +353,7 @@ def other_base(trained: Any) -> str:
 
 
 def a_dora(trained: Any) -> str:
+    unrelated(trained)
     altered(trained.output("sft"), use_dora=True)
     file = trained.output("sft") / "adapter_model.safetensors"
     halves = load_file(file)
@@ -360,6 +369,12 @@ def a_dora(trained: Any) -> str:
     return str(trained.sft)
 
 
+def a_copy_of_the_sft(trained: Any) -> str:
+    folder = shutil.copytree(trained.output("sft"), trained.workspace.root / "copied")
+    altered(folder, lora_alpha=64)
+    return str(folder)
+
+
 def changed_since(trained: Any) -> str:
     altered(trained.output("sft"), lora_alpha=64)
     return str(trained.sft)
@@ -368,7 +383,12 @@ def changed_since(trained: Any) -> str:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        (lambda trained: trained.dpo, r"merge_config.adapters: EXP-.* would be added twice"),
+        (
+            lambda trained: trained.dpo,
+            r"merge_config.adapters: EXP-.*: it would be added twice; try naming one of them",
+        ),
+        (lambda trained: trained.sft, r"holds the adapter of EXP-\d{4}-\d\d-\d\d-001, as another one does"),
+        (a_copy_of_the_sft, r"copied holds the adapter of .*copied, as another one does: it would be added twice"),
         (lambda trained: trained.merge, "is no dpo or sft record"),
         (lambda trained: "checkpoints/nothing", "checkpoints/nothing is neither a record nor a folder"),
         (lambda trained: "data", "data holds no adapter that peft saved; try EXP-"),
