@@ -1,7 +1,7 @@
 """The adapter that is trained: how it starts, and how it is written and kept.
 
 model = adapter.start(base, config, earlier, seed)      # base and adapter; DPO's policy
-adapter.keep(model, chat, record, "tiny-sft")           # checkpoints/EXP-…/adapter, hashed into the record, and the link
+adapter.keep(model, chat, record, "tiny-sft")           # checkpoints/EXP-…/adapter, hashed into the record; then the link
 """
 
 import shutil
@@ -16,7 +16,7 @@ from pipeline.checkpoints import BEST
 from pipeline.config import SftConfig
 from pipeline.lora import layers
 from pipeline.model import Base
-from pipeline.records.find import artifacts, link_newest
+from pipeline.records.find import artifacts
 from pipeline.records.lifecycle import Record
 
 LAST = "adapter-last"  # beside `adapter`, as BEST, where they differ from it
@@ -64,10 +64,10 @@ def save(model: Any, chat: Chat, folder: Path) -> None:
     partial.rename(folder)
 
 
-def keep(model: Any, chat: Chat, record: Record, link: str) -> Path:
-    """Writes the trained adapter, hashes it into the record and points the link at it."""
+def keep(model: Any, chat: Chat, record: Record, link: str) -> str:
+    """Writes the trained adapter and hashes it into the record; the link will point at it."""
     folder = record.output / "adapter"
     save(model, chat, folder)
     others = [record.output / name for name in (BEST, LAST)]
     record.facts.artifacts = [a for f in (folder, *others) if f.is_dir() for a in artifacts(record.workspace, f)]
-    return link_newest(record.workspace, link, folder)
+    return record.link(link, folder)

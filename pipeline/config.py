@@ -185,7 +185,8 @@ class MergeConfig(Section):
     )
     adapters: list[str] = Field(
         [],
-        description="further adapters added in the same pass: EXP-… of a training, or folders; each at its own scale. A DPO holds its SFT already",
+        description="further adapters added in the same pass, each at its own scale: EXP-… of a training, or folders; "
+        "a DPO holds its SFT already",
     )
 
 

@@ -22,7 +22,7 @@ from pipeline.gguf_loss import check_conversion, measure, table, widest
 from pipeline.model import Base, find_base, load_model
 from pipeline.progress import say
 from pipeline.records import find
-from pipeline.records.find import artifacts, link_newest
+from pipeline.records.find import artifacts
 from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Input
 from pipeline.shards import size
@@ -124,10 +124,10 @@ class Export:
             "formats": {kind: found[kind] | results[kind] for kind in self.formats},
         }
         record.facts.artifacts = artifacts(record.workspace, folder)
-        link = link_newest(record.workspace, f"{self.job.config.name}-gguf", folder)
+        link = record.link(f"{self.job.config.name}-gguf", folder)
         for line in table(record.facts.results):
             say(line)
-        say(f"exported {', '.join(self.formats)}; {record.workspace.shown(link)}")
+        say(f"exported {', '.join(self.formats)}; {link}")
 
     def _convert(self, out: Path) -> dict[str, Any]:
         """Writes the file of 16-bit floats. Raises `StageFailed` when llama.cpp would split text otherwise."""

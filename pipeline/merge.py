@@ -36,7 +36,6 @@ from pipeline.model import Base, check_trained_on, find_base
 from pipeline.progress import Progress, say
 from pipeline.receipt import Changed, check_logits, check_weights
 from pipeline.records import find
-from pipeline.records.find import link_newest
 from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Artifact, Input
 from pipeline.shards import Journal, rewrite, shards, size, sync, tensors
@@ -131,9 +130,8 @@ class Merge:
             "each_tensor": record.workspace.shown(_write_table(record.folder / TABLE, changed)),
             "timing": timing,
         }
-        link = link_newest(record.workspace, f"{self.job.config.name}-merged", folder)
-        done = f"merged {self.adapter.kind}, {receipt['modules']} modules; within rounding: all"
-        say(f"{done}; {record.workspace.shown(link)}")
+        link = record.link(f"{self.job.config.name}-merged", folder)
+        say(f"merged {self.adapter.kind}, {receipt['modules']} modules; within rounding: all; {link}")
 
     def _task(self) -> str:
         """What the merged bytes depend on. A merge of anything else goes on with none of them."""

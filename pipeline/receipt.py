@@ -20,7 +20,7 @@ from pipeline.shards import Memory, same_bytes, size, stored_dtypes, tensors
 from pipeline.update import Adapter, Arithmetic, LowRank, Update
 
 POSITIONS = 64  # logits compared of each prompt: the last ones
-HIDDEN = 0.25  # of the update's norm: rounding above it is said
+HIDDEN, LOST = 0.25, 0.9  # of the update's norm: rounding above it is said
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,9 @@ def check_weights(
                 raise StageFailed(f"{name} is not targeted by the adapter and changed")
             new.forget()
             progress.advance()
-    if figures.rounding_share > HIDDEN:
+    if figures.rounding_share > LOST:
+        say("note: rounding to the base's dtype is more than what the adapter changes: it is lost; serve it unmerged")
+    elif figures.rounding_share > HIDDEN:
         say(f"note: rounding to the base's dtype hides {figures.rounding_share:.0%} of what the adapter changes")
     receipt = {
         "adapter": adapter.kind,
@@ -107,6 +109,8 @@ def _compare(name: str, old: Any, new: Any, update: Update, arithmetic: Arithmet
         was, off = old[rows].to(expected.dtype), new[rows].to(expected.dtype).sub_(expected)
         sums = _square(off), _square(expected.sub_(was)), _square(was)
         excess = off.abs_().div_(allowed).max().item()
+        if excess != excess:
+            raise StageFailed(f"{name} holds NaN or infinity, or base + adapter does")
         if not excess <= 1:
             how = "" if arithmetic == "float32" else " in peft's arithmetic"
             raise StageFailed(f"{name} is {excess:.1f} × the rounding of {new.dtype}{how} away from base + adapter")

@@ -96,6 +96,8 @@ def _run(stage: type[Stage], job: Job, workspace: Workspace) -> Record:
         ranks=job.ranks.size,
     ) as record:
         prepared.run(record)
+    for name, target in record.links.items():
+        find.link_newest(workspace, name, target)
     checkpoints.forget(record.output)  # complete: there is nothing left to resume
     return record
 

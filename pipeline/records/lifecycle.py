@@ -42,6 +42,7 @@ class Record:
         self.file, self.facts, self.workspace, self.stop = file, facts, workspace, stop
         self.id = file.id
         self.of_stages: dict[str, dict[str, Any]] = {}  # a pipeline experiment: the results of its stages, by name
+        self.links: dict[str, Path] = {}
         file.folder.mkdir(exist_ok=True)
 
     @property
@@ -55,6 +56,11 @@ class Record:
         path = self.workspace.checkpoints / self.id
         path.mkdir(parents=True, exist_ok=True)
         return path
+
+    def link(self, name: str, target: Path) -> str:
+        """`checkpoints/<name>`, which points at `target` once the record is complete: nobody takes what is not."""
+        self.links[name] = target
+        return self.workspace.shown(self.workspace.checkpoints / name)
 
     def save(self) -> None:
         self.file.write(self.facts)

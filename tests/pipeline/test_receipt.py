@@ -292,11 +292,19 @@ def test_an_update_that_rounding_hides_is_said(
     merged: Callable[..., Merged], capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = merged(torch.bfloat16)
-    small = each_factor(made.adapter, lambda factor: {"b": factor.b / 200})
-    made.write(small)
-    found = made.weights(small)
-    assert 0.5 < found["rounding_share_of_update"] < 1.5
-    assert "note: rounding to the base's dtype hides" in capsys.readouterr().err
+    for less, said in ((100, "hides "), (2000, "is more than what the adapter changes: it is lost")):
+        small = each_factor(made.adapter, lambda factor, less=less: {"b": factor.b / less})
+        made.write(small)
+        assert (made.weights(small)["rounding_share_of_update"] > 0.9) == (less == 2000)
+        assert f"note: rounding to the base's dtype {said}" in capsys.readouterr().err
+
+
+def test_what_is_not_finite_is_called_so(merged: Callable[..., Merged]) -> None:
+    made = merged(torch.bfloat16)
+    broken = each_factor(made.adapter, lambda factor: {"b": factor.b * float("inf")})
+    made.write(broken)
+    with pytest.raises(StageFailed, match="proj.weight holds NaN or infinity"):
+        made.weights(broken)
 
 
 @pytest.mark.parametrize(("quantization", "dora"), [("nf4", False), ("nf4", True), ("int8", False)])
