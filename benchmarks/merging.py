@@ -119,7 +119,9 @@ def main() -> None:
 
 def compete(shape: Mapping[str, int], rounds: int, kept: Path) -> dict[str, Any]:
     """Both in every round, in turn; then the logits and the deeper model. Writes what is found after each run."""
-    found: dict[str, Any] = {"machine": machine(), "shape": dict(shape), "runs": [], "differences": []}
+    threads = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))  # torch's own choice, in both
+    found: dict[str, Any] = {"machine": machine() | {"threads": threads}, "shape": dict(shape)}
+    found |= {"runs": [], "differences": []}
 
     def run(root: Path, name: str, number: int) -> Path:
         out, result = measured(root, name, number)
