@@ -1,14 +1,16 @@
 """Win-rate of one model's answers against another's on the same open questions.
 
-The unit is the question: 1, ½ or 0. The interval is Student's t on these scores, the test the exact sign test on
-decisive questions. Before it runs it says the smallest difference that so many questions can show, and beside the
-judge it shows how the answers fare when the longer simply wins, and what would be left were both equally long.
+The unit is the question: 1, ½ or 0. The interval is Wilson's for scores with ties, Student's t stands beside it; the
+test is the exact sign test on decisive questions. Before it runs it says the smallest difference that so many questions
+can show, and beside the judge it shows how the answers fare when the longer simply wins, what would be left were both
+equally long, and how the opponent's answers fare against themselves, where neither side must win.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from eval import judge
+from eval.agreement import on_decisive
 from eval.length_control import length_controlled
 from pipeline import statistics
 from pipeline.data.rows import Question
@@ -22,10 +24,12 @@ class WinRate:
     """`rate` with its interval, the counts behind it, and the controls."""
 
     rate: Figure
+    students_t: Figure
     wins: int
     ties: int
     losses: int
     p_value: float
+    against_itself: Figure
     longest_wins: Figure
     at_equal_length: Figure | None
     agrees_with_longest: Figure | None
@@ -34,8 +38,10 @@ class WinRate:
     @property
     def verdict(self) -> str:
         """Outside the noise, and whether mere length would have said the same."""
+        if _side(self.against_itself):
+            return "the judge prefers an answer to itself: nothing shown"
         side = _side(self.rate)
-        if side == 0 or self.p_value >= 1 - statistics.CONFIDENCE:  # two wins of two give t an interval of no width
+        if side == 0 or self.p_value >= 1 - statistics.CONFIDENCE:  # both: the interval is no exact test
             return "no difference shown"
         word = "more wins" if side > 0 else "fewer wins"
         if _side(self.longest_wins) != side:
@@ -58,19 +64,17 @@ def win_rate(questions: Sequence[Question], answers: Sequence[str], opponents: S
     scores = [judge.compare(q, a, o) for q, a, o in zip(questions, answers, opponents, strict=True)]
     longest = [_longer(a, o) for a, o in zip(answers, opponents, strict=True)]
     wins, losses = scores.count(1.0), scores.count(0.0)
-    decisive = [(s, by_length) for s, by_length in zip(scores, longest, strict=True) if s != 0.5 and by_length != 0.5]
-    agreement = (
-        statistics.proportion(sum(s == by_length for s, by_length in decisive), len(decisive)) if decisive else None
-    )
     return WinRate(
-        rate=_rate(scores),
+        rate=statistics.rate(scores),
+        students_t=statistics.mean(scores),
         wins=wins,
         ties=len(scores) - wins - losses,
         losses=losses,
         p_value=statistics.sign_test(wins, losses),
-        longest_wins=_rate(longest),
+        against_itself=statistics.rate([judge.compare(q, o, o) for q, o in zip(questions, opponents, strict=True)]),
+        longest_wins=statistics.rate(longest),
         at_equal_length=length_controlled(scores, [len(a) - len(o) for a, o in zip(answers, opponents, strict=True)]),
-        agrees_with_longest=agreement,
+        agrees_with_longest=on_decisive(scores, longest),
         scores=scores,
     )
 
@@ -84,13 +88,3 @@ def _side(rate: Figure) -> int:
 
 def _longer(answer: str, opponent: str) -> float:
     return 0.5 if len(answer) == len(opponent) else float(len(answer) > len(opponent))
-
-
-def _rate(scores: Sequence[float]) -> Figure:
-    """Student's t on the scores, within 0 and 1; Wilson's where one side won all, which leaves t no spread."""
-    if set(scores) in ({0.0}, {1.0}):
-        return statistics.proportion(round(sum(scores)), len(scores))
-    figure = statistics.mean(scores)
-    if figure.ci_low is None or figure.ci_high is None:
-        return figure
-    return figure.model_copy(update={"ci_low": max(0.0, figure.ci_low), "ci_high": min(1.0, figure.ci_high)})

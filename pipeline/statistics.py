@@ -51,44 +51,38 @@ def mean(values: Sequence[float], families: Sequence[Hashable] | None = None) ->
 
     `families`: which family each row is of, such as one text asked in several ways. Raises ValueError for no rows.
     """
-    from scipy import stats
-
     n = len(values)
     if n == 0:
         raise ValueError("a mean of no rows")
-    average = math.fsum(values) / n
-    error, freedom = _error_of_mean(values, families)
+    average, error, freedom = _mean_and_error(values, families)
     if error == 0:  # one row, or no spread to judge by
         return Figure(value=round(average, 6), n=n)
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    half = _t(freedom) * error
     return _rounded(average, average - half, average + half, n)
 
 
 def rate(scores: Sequence[float], families: Sequence[Hashable] | None = None) -> Figure:
     """Mean of scores between 0 and 1, such as ½ for a tie, with Wilson's interval for as many rows as they are worth.
 
-    The n that a plain share would need for the same error takes the place of n, and t that of z (Korn & Graubard 1998).
-    Near 0 and 1, where t on the scores covers 85 to 90 % at n = 20, this one keeps to its 95 %. Raises ValueError for no
-    rows, or a score outside 0 to 1.
+    The n that a plain share would need for the same error takes the place of n, and t that of z (effective n: Korn &
+    Graubard 1998). Near 0 and 1, where t on the scores covers 85 to 90 % at n = 20, this one keeps to 95.
+    Raises ValueError for no rows, or a score outside 0 to 1.
     """
-    from scipy import stats
-
-    if scores and not (min(scores) >= 0 and max(scores) <= 1):  # so asked, NaN is no score
+    if not scores:
+        raise ValueError("a rate of no rows")
+    if not all(0 <= score <= 1 for score in scores):  # so asked, NaN is no score
         raise ValueError("a score outside 0 to 1")
     if families is None and set(scores) <= {0.0, 1.0}:
         return proportion(round(sum(scores)), len(scores))
-    n, average = len(scores), mean(scores, families).value
+    n = len(scores)
+    average, error, freedom = _mean_and_error(scores, families)
     if families and average in (0.0, 1.0):  # one side won all: each family is one win
         alike = proportion(int(average) * len(set(families)), len(set(families)))
         return alike.model_copy(update={"n": n})
-    error, freedom = _error_of_mean(scores, families)
     if error == 0:
-        return Figure(value=average, n=n)
-    spread = average * (1 - average)
-    worth, t = spread / error**2, float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
-    centre = (average + t**2 / worth / 2) / (1 + t**2 / worth)
-    half = t / (1 + t**2 / worth) * math.sqrt(spread / worth + (t / worth) ** 2 / 4)
-    return _rounded(average, centre - half, centre + half, n)
+        return Figure(value=round(average, 6), n=n)
+    worth = average * (1 - average) / error**2
+    return _rounded(average, *_wilson(average, worth, _t(freedom)), n)
 
 
 def bounds(scores: Sequence[float], unscored: int) -> tuple[Figure, Figure]:
@@ -101,12 +95,11 @@ def bounds(scores: Sequence[float], unscored: int) -> tuple[Figure, Figure]:
 
 def proportion(successes: int, n: int) -> Figure:
     """Share of `n` with Wilson's interval. Raises ValueError for no rows."""
-    from scipy import stats
+    from scipy.special import ndtri
 
     if n == 0:
         raise ValueError("a share of no rows")
-    interval = stats.binomtest(successes, n).proportion_ci(CONFIDENCE, method="wilson")
-    return _rounded(successes / n, float(interval.low), float(interval.high), n)
+    return _rounded(successes / n, *_wilson(successes / n, n, float(ndtri((1 + CONFIDENCE) / 2))), n)
 
 
 def paired(before: Sequence[float], after: Sequence[float], shares: bool = False) -> Change:
@@ -149,7 +142,7 @@ def smallest_difference(n: int, deviation: float, power: float = 0.8) -> float:
 
 
 def rows_needed(difference: float, deviation: float, power: float = 0.8) -> int:
-    """How many rows show a mean difference of this size: ((z₁₋α/₂ + z_power)·σ/δ)². Raises ValueError for no difference."""
+    """How many rows show a mean difference of this size: ((z₁₋α/₂ + z_power)·σ/δ)². Raises ValueError for none."""
     if not difference:
         raise ValueError("no number of rows shows a difference of 0")
     return math.ceil((smallest_difference(1, deviation, power) / difference) ** 2)
@@ -162,25 +155,43 @@ def sign_test(wins: int, losses: int) -> float:
     return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
-def _error_of_mean(values: Sequence[float], families: Sequence[Hashable] | None) -> tuple[float, float]:
-    """Standard error of the mean and its degrees of freedom; (0, 0) of one family. Without families: s/√n and n − 1.
+def _mean_and_error(values: Sequence[float], families: Sequence[Hashable] | None) -> tuple[float, float, float]:
+    """Mean, its standard error and the degrees of freedom; no error where all are the same, or of one family.
 
-    Cluster-robust with the bias of few and unequal families taken out: CR2 and its freedom (Bell & McCaffrey 2002).
+    Of families: cluster-robust, without the bias of few and unequal ones: CR2 and its freedom (Bell & McCaffrey 2002).
+    Where each has one row that is s/√n and n − 1.
     """
-    n, average = len(values), math.fsum(values) / len(values)
+    n = len(values)
+    average = math.fsum(values) / n
     if min(values) == max(values):
-        return 0.0, 0.0
+        return average, 0.0, 0.0
+    if families is None:
+        return average, math.sqrt(math.fsum((v - average) ** 2 for v in values) / (n - 1) / n), n - 1
     sizes: dict[Hashable, int] = defaultdict(int)
     sums: dict[Hashable, float] = defaultdict(float)
-    for value, family in zip(values, range(n) if families is None else families, strict=True):
+    for value, family in zip(values, families, strict=True):
         sizes[family] += 1
         sums[family] += value - average
-    if len(sizes) == 1:
-        return 0.0, 0.0
+    if len(sizes) == 1 or max(map(abs, sums.values())) < 1e-9:  # no more than rounding
+        return average, 0.0, 0.0
     variance = math.fsum(sums[family] ** 2 / (1 - size / n) for family, size in sizes.items()) / n**2
     shared = [size**2 / (n - size) for size in sizes.values()]
     others = math.fsum(shared) ** 2 - math.fsum(w**2 for w in shared)
-    return math.sqrt(variance), n**2 / (sum(size**2 for size in sizes.values()) + others)
+    return average, math.sqrt(variance), n**2 / (sum(size**2 for size in sizes.values()) + others)
+
+
+def _wilson(share: float, n: float, quantile: float) -> tuple[float, float]:
+    weight = quantile**2 / n
+    centre = (share + weight / 2) / (1 + weight)
+    half = math.sqrt(weight * (share * (1 - share) + weight / 4)) / (1 + weight)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _t(freedom: float) -> float:
+    """What Student's t exceeds, either way, in 5 of 100 cases."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
 
 
 def _rounded(value: float, low: float, high: float, n: int) -> Figure:

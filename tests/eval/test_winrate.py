@@ -4,7 +4,9 @@ from math import comb
 
 import pytest
 
+from eval import judge
 from eval.winrate import WinRate, planned_precision, win_rate
+from pipeline import statistics
 from pipeline.data.rows import Question
 
 QUESTION = Question(prompt="?", key_points=["unique index"])
@@ -25,14 +27,15 @@ def test_rate_counts_a_tie_as_half() -> None:
     assert result.p_value == pytest.approx(2 * (comb(8, 6) + comb(8, 7) + comb(8, 8)) / 2**8)
 
 
-def test_interval_is_students_t_over_the_questions_and_stays_within_0_and_1() -> None:
+def test_interval_is_wilsons_within_0_and_1_and_students_t_stands_beside_it() -> None:
     from scipy import stats
 
     result = rate(wins=6, losses=2, ties=4)
     low, high = stats.t.interval(0.95, 11, 8 / 12, stats.sem(result.scores))
-    assert (result.rate.ci_low, result.rate.ci_high) == pytest.approx((low, high), abs=1e-6)
-    assert rate(wins=3, losses=0, ties=1).rate.ci_high == 1.0
-    assert rate(wins=0, losses=3, ties=1).rate.ci_low == 0.0
+    assert (result.students_t.ci_low, result.students_t.ci_high) == pytest.approx((low, high), abs=1e-6)
+    assert result.rate == statistics.rate(result.scores)
+    one_sided = rate(wins=3, losses=0, ties=1)
+    assert one_sided.students_t.ci_high > 1 > one_sided.rate.ci_high  # type: ignore[operator]
 
 
 def test_swapping_the_sides_mirrors_everything() -> None:
@@ -67,6 +70,18 @@ def test_wins_against_longer_answers_are_this_judges_own() -> None:
     assert result.verdict == "more wins by this judge"
     assert result.longest_wins.value == pytest.approx(1 / 13, abs=1e-6)
     assert result.agrees_with_longest is not None and result.agrees_with_longest.value == 0.0
+
+
+def test_a_judge_that_prefers_an_answer_to_itself_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does that likes what it reads first and reads it in one order alone."""
+    assert rate(wins=12, losses=1, poor=LONG_POOR).against_itself.model_dump(exclude_none=True) == {
+        "value": 0.5,
+        "n": 13,
+    }
+    monkeypatch.setattr(judge, "compare", lambda question, first, second: 1.0)
+    result = rate(wins=12, losses=0)
+    assert result.against_itself.value == 1.0
+    assert result.verdict == "the judge prefers an answer to itself: nothing shown"
 
 
 def test_one_question_shows_nothing() -> None:
