@@ -264,6 +264,8 @@ def export_gguf(
 ) -> None:
     """The newest merged model as GGUF files for llama.cpp, each with its size and its loss of quality.
 
+    There is no --resume: an interrupted export leaves nothing under its name, and is run again.
+
     \b
     Example:  aletheia export gguf --profile tiny --set export_config.formats=[q8_0]
     """
@@ -335,7 +337,10 @@ def _usage(error: TyperException, debug: bool) -> int:
         print(message)
         return 0
     context = getattr(error, "ctx", None)
-    return _report(f"{message.rstrip('.')}; try {context.command_path if context else 'aletheia'} --help", 2, debug)
+    typed = [context.command_path] if context else ["aletheia"]
+    words = list(getattr(context.command, "commands", ())) if context else []
+    only = words if len(words) == 1 else []  # of `aletheia export`: gguf, whose options they may have been
+    return _report(f"{message.rstrip('.')}; try {' '.join([*typed, *only])} --help", 2, debug)
 
 
 def _report(line: str, code: int, debug: bool) -> int:

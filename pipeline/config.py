@@ -190,8 +190,14 @@ class MergeConfig(Section):
     )
 
 
+def _each_once(formats: list[str]) -> list[str]:
+    if not formats or len(set(formats)) < len(formats):
+        raise ValueError("names at least one format, and each once")
+    return formats
+
+
 class ExportConfig(Section):
-    formats: list[Literal["f16", "q8_0", "q4_k_m"]] = Field(
+    formats: Annotated[list[Literal["f16", "q8_0", "q4_k_m"]], AfterValidator(_each_once)] = Field(
         ["f16", "q8_0", "q4_k_m"], description="GGUF files written; each with its size and loss of quality"
     )
     rows: Positive = Field(64, description="held-out rows on which the loss of quality is measured")
@@ -243,6 +249,9 @@ class EvalConfig(Section):
     temperature: Annotated[float, Field(ge=0, le=2)] = Field(0.0, description="of the win-rate answers; 0 is greedy")
     seed: int = Field(42, description="of the win-rate answers, where they are drawn")
     batch_size: Positive = Field(8, description="rows in one forward pass")
+    run_code: bool = Field(
+        False, description="run answers' Python against their questions' `tests`, in a sandbox (docs/sandbox.md)"
+    )
     endpoint: Annotated[str, AfterValidator(_without_password)] | None = Field(
         None, description="URL of a running server that answers for the model: win-rate, latency; null: none is asked"
     )

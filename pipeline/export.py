@@ -11,6 +11,7 @@ KL from the merged model and how often both put the same token first, each with 
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
 
 from pipeline.chat import PROBES, Chat, Contract
@@ -28,6 +29,7 @@ from pipeline.records.schema import Input
 from pipeline.shards import size
 from pipeline.stage import Job, Source, take
 from pipeline.training_data import PARTS, recorded
+from pipeline.workspace import Workspace
 
 FOLDER = "gguf"
 # Of llama.cpp's pre-tokenizers one of each kind, the plainest first.
@@ -76,7 +78,7 @@ class Export:
         architecture = (config.architectures or ["?"])[0]
         if not llama.converts(architecture):
             raise UserError(f"llama.cpp's converter does not know {architecture}", where=name)
-        needed, free = 2 * size(source.output), shutil.disk_usage(source.output).free
+        needed, free = 2 * _stored(source), shutil.disk_usage(source.output).free
         if free < needed:
             raise UserError(f"needs {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free", where=name)
         rows, measured_on = _rows(job, source, chat)
@@ -85,11 +87,11 @@ class Export:
 
     @property
     def formats(self) -> list[str]:
-        return list(dict.fromkeys(self.job.config.export_config.formats))
+        return list(self.job.config.export_config.formats)
 
     def plan(self) -> list[tuple[str, str]]:
         return [
-            ("model", f"{self.source.file.id}, {size(self.source.output) / 1e9:.2f} GB"),
+            ("model", f"{self.source.file.id}, {_stored(self.source) / 1e9:.2f} GB"),
             ("formats", ", ".join(self.formats)),
             ("measured on", f"{len(self.rows)} {self.measured_on}"),
         ]
@@ -101,12 +103,15 @@ class Export:
         for left in (folder, partial):
             shutil.rmtree(left, ignore_errors=True)
         partial.mkdir()
+        with TemporaryDirectory() as outside:
+            self._export(record, as_listed(self.source, record.workspace, Path(outside)), folder, partial)
 
+    def _export(self, record: Record, merged: Path, folder: Path, partial: Path) -> None:
         whole = partial / "f16.gguf"
-        tokenizer = self._convert(whole)
+        tokenizer = self._convert(merged, whole)
         files = {kind: partial / f"{kind}.gguf" for kind in dict.fromkeys(["f16", *self.formats])}
         notes = {kind: self._quantise(whole, file, kind) for kind, file in files.items() if file != whole}
-        model = load_model(self.source.output, widest(self.base, size(self.source.output)))
+        model = load_model(merged, widest(self.base, size(merged)))
         losses = measure(model, self.rows, self.llama, files)
         check_conversion(losses["f16"])
         results = {kind: loss.figures(losses["model"]) for kind, loss in losses.items()}
@@ -120,7 +125,7 @@ class Export:
         record.facts.results = {
             "tokenizer": tokenizer,
             "measured_on": self.measured_on,
-            "model": {"bytes": size(self.source.output)} | of_model | results.pop("model"),
+            "model": {"bytes": _stored(self.source)} | of_model | results.pop("model"),
             "formats": {kind: found[kind] | results[kind] for kind in self.formats},
         }
         record.facts.artifacts = artifacts(record.workspace, folder)
@@ -129,10 +134,10 @@ class Export:
             say(line)
         say(f"exported {', '.join(self.formats)}; {link}")
 
-    def _convert(self, out: Path) -> dict[str, Any]:
+    def _convert(self, model: Path, out: Path) -> dict[str, Any]:
         """Writes the file of 16-bit floats. Raises `StageFailed` when llama.cpp would split text otherwise."""
         say("converting to f16")
-        model, end, probes = self.source.output, self.chat.end_of_turn_id, self._probes()
+        end, probes = self.chat.end_of_turn_id, self._probes()
         recognised = self.llama.convert(model, out, end)
         written, pre, differing = choose_pre_tokenizer(self.llama, out, probes, recognised)
         if pre != written:
@@ -158,6 +163,21 @@ class Export:
             for special in (False, True):
                 found[text, special] = tokenizer(text, add_special_tokens=special)["input_ids"]
         return found
+
+
+def _stored(source: Source) -> int:
+    """Bytes of the weights that the merge's record names."""
+    return sum(one.bytes for one in source.facts.artifacts if one.path.endswith(".safetensors"))
+
+
+def as_listed(source: Source, workspace: Workspace, outside: Path) -> Path:
+    """A folder of links to the files that the merge's record names: whatever else lies beside them is not the model."""
+    folder = outside / source.output.name  # the name goes into the file
+    for artifact in source.facts.artifacts:
+        link = folder / Path(artifact.path).relative_to(workspace.shown(source.output))
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(workspace.path(artifact.path).resolve())
+    return folder
 
 
 def _rows(job: Job, source: Source, chat: Chat) -> tuple[list[Encoded], str]:

@@ -8,12 +8,12 @@ A DPO goes on from its SFT, so it holds it: what two adapters both hold would be
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import adapter_config
 from pipeline.chat import Chat, Contract
 from pipeline.errors import UserError
 from pipeline.lora import CONFIG, WEIGHTS
@@ -110,7 +110,7 @@ def _from_elsewhere(job: Job, base: Base, name: str, folder: Path) -> Taken:
     """Raises `UserError` for one that does not name this base."""
     if not all((folder / part).is_file() for part in (CONFIG, WEIGHTS)):
         raise job.profile.error(KEY, f"{name} holds no adapter that peft saved", "EXP-… of a training")
-    of = json.loads((folder / CONFIG).read_text("utf-8")).get("base_model_name_or_path") or ""
+    of = adapter_config.read(folder / CONFIG).get("base_model_name_or_path") or ""
     if of != base.name and not (of and Path(of).resolve() == base.folder.resolve()):
         what = f"{name} is an adapter of {of or 'a base it does not name'}, not of {base.name}"
         raise job.profile.error(KEY, what, "EXP-… of a training on this base")

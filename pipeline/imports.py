@@ -5,7 +5,6 @@ say that a module cannot be had, and both libraries are made to do without; so t
 stage; `datasets`, once all rows have been read.
 """
 
-import json
 import sys
 
 from pipeline.model import Base
@@ -13,9 +12,8 @@ from pipeline.model import Base
 
 def leave_out_unused(base: Base) -> None:
     """Before peft and the trainer are imported. What is imported already stays."""
-    stored_quantised = "quantization_config" in json.loads((base.folder / "config.json").read_text("utf-8"))
     unused = ["datasets"]  # and with it pandas
-    unused += ["bitsandbytes"] if base.quantization == "none" and not stored_quantised else []
+    unused += ["bitsandbytes"] if base.quantization == "none" and not base.stored_quantised else []
     leave_out(*unused)
 
 

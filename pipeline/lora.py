@@ -3,34 +3,23 @@
 LoRA, rsLoRA and DoRA on linear layers and embeddings, modules and biases that were trained whole, single tokens' rows.
 Which of them an adapter has, and each one's scale (rank and alpha patterns included), is asked of peft: it lays the
 adapter's configuration over the base without weights. So a tensor that the file lacks, or a key too many, is seen.
-Anything else is refused, and so is an option of peft's that is not known here.
+Anything else is refused, and so is an option of peft's that is not known (`pipeline.adapter_config`).
 """
 
-import json
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.shards import FLOATS, Stored, stored, tensors
+from pipeline import adapter_config
+from pipeline.adapter_config import OTHERWISE
+from pipeline.errors import AletheiaError, UserError
+from pipeline.quiet import no_weight_bars
+from pipeline.safetensors_header import AGAIN
+from pipeline.shards import FLOATS, Memory, Stored, stored, tensors
 from pipeline.update import Adapter, Change, Factor, LowRank, Replacement, Rows, Update, Updates
 
-# keys of adapter_config.json that are handled, or mean nothing to a merge; any other must be off
-HANDLED = {
-    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size",
-    "modules_to_save", "trainable_token_indices", "bias", "ensure_weight_tying",
-}  # fmt: skip
-FRESH = (
-    True,
-    False,
-    "gaussian",
-    "orthogonal",
-)  # other ways to begin (PiSSA, OLoRA, LoftQ) change the base's weights too
-OTHERWISE = "training without it, or serving the adapter unmerged"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 
@@ -43,10 +32,9 @@ def read(folder: Path, base: Path, trust_remote_code: bool = False) -> Adapter:
     where = str(folder)
     if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
         raise UserError(f"holds no {missing[0]}", where=where, remedy="a folder that peft saved as safetensors")
-    config = json.loads((folder / CONFIG).read_text())
-    _refuse_options(config, folder)
+    config = adapter_config.read(folder / CONFIG)
     reader = _Reader(where, stored(folder / WEIGHTS), tensors(base))
-    adapted = _without_weights(folder, base, trust_remote_code)
+    adapted = _without_weights(folder, base, reader.base, trust_remote_code)
     for module, layer in layers(adapted, where, embeddings=True):
         reader.low_rank(module, layer)
     for group, keys in _trained_whole(adapted, where):
@@ -66,6 +54,7 @@ class _Reader:
     def __init__(self, where: str, given: dict[str, Stored], base: dict[str, Stored]) -> None:
         self.where, self.given, self.base = where, given, base
         self.changes: dict[str, Change] = {}
+        self.memory = Memory()
 
     def low_rank(self, module: str, layer: Any) -> None:
         scale, rank, dora = layer.scaling["default"], layer.r["default"], layer.use_dora["default"]
@@ -117,8 +106,8 @@ class _Reader:
         """The one of these names that the base has stored."""
         known = [name for name in group if name in self.base]
         if len(known) != 1:
-            there = f"the base stores {' and '.join(known)} apart" if known else "is no weight of the base"
-            raise UserError(f"the adapter's {group[0]} {there}", where=self.where)
+            how = f"the base stores twice, as {' and as '.join(known)}" if known else "is no weight of the base"
+            raise UserError(f"the adapter changes {group[0]}, which {how}", where=self.where, remedy=OTHERWISE)
         return known[0]
 
     def _shape(self, name: str) -> tuple[int, ...]:
@@ -134,6 +123,10 @@ class _Reader:
             raise UserError(f"the adapter's {key} is {tensor.shape}, not {shape}", where=self.where)
         if tensor.dtype not in FLOATS:
             raise UserError(f"the adapter's {key} is stored as {tensor.dtype}", where=self.where)
+        if not tensor.read(self.memory).isfinite().all():
+            raise UserError(
+                f"the adapter's {key} holds numbers that are not finite", where=self.where, remedy="training it again"
+            )
         return tensor
 
     def _change(self, group: list[str], change: Change) -> None:
@@ -173,6 +166,9 @@ def _trained_whole(adapted: Any, where: str) -> Iterator[tuple[list[str], list[s
     uses, groups = _uses(adapted), dict[int, list[tuple[str, Any]]]()
     for name, wrapper in adapted.named_modules():
         if isinstance(wrapper, ModulesToSaveWrapper):
+            if ".token_adapter." in name:
+                name = name.removeprefix(PREFIX).partition(".token_adapter.")[0]
+                raise UserError(f"the adapter trains all of {name} and tokens of it too", where=where, remedy=OTHERWISE)
             trained = wrapper.modules_to_save["default"]
             for key, value in trained.state_dict(keep_vars=True).items():
                 before = wrapper.original_module.state_dict(keep_vars=True).get(key)
@@ -227,31 +223,51 @@ def _differ(one: Stored, other: Stored) -> bool:
     return not torch.equal(one.read().to(expected.dtype), expected)
 
 
-def _refuse_options(config: dict[str, Any], folder: Path) -> None:
-    """Raises `UserError`, naming every option that a merge would get wrong."""
-    wrong = sorted(key for key, value in config.items() if key not in HANDLED and value)
-    if config.get("peft_type") != "LORA":
-        wrong = [str(config.get("peft_type"))]
-    elif config.get("init_lora_weights", True) not in FRESH:
-        wrong.append(f"init_lora_weights: {config['init_lora_weights']}")
-    if wrong:
-        raise UserError(
-            f"merge handles LoRA, rsLoRA and DoRA, not {', '.join(wrong)}", where=str(folder / CONFIG), remedy=OTHERWISE
-        )
+def _without_weights(folder: Path, base: Path, weights: dict[str, Stored], trust_remote_code: bool) -> Any:
+    """The base with the adapter's configuration laid over it by peft, on the meta device.
 
-
-def _without_weights(folder: Path, base: Path, trust_remote_code: bool) -> Any:
-    """The base with the adapter's configuration laid over it by peft, on the meta device."""
+    Raises `UserError` where `weights`, which the base has stored, are not what its configuration asks for.
+    """
     import torch
     from peft import PeftConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    config = PeftConfig.from_pretrained(folder)
-    config.init_lora_weights = True
     with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # what it warns of is refused
         model = AutoModelForCausalLM.from_config(shape, trust_remote_code=trust_remote_code)
+        _check_base(model, shape, weights, str(base))
         try:
+            config = PeftConfig.from_pretrained(folder)
+            config.init_lora_weights = True
             return get_peft_model(model, config)
-        except ValueError as error:  # no module of that name, for one
-            raise UserError(str(error), where=str(folder / CONFIG)) from None
+        except AletheiaError:  # someone asked to stop
+            raise
+        except Exception as error:  # no module of that name, for one; peft raises what comes
+            what = f"peft cannot lay it over the base: {' '.join(str(error).split())}"
+            raise UserError(what, where=str(folder / CONFIG)) from None
+
+
+def _check_base(model: Any, shape: Any, weights: dict[str, Stored], where: str) -> None:
+    """Raises `UserError` for a weight that transformers would make up, the base having none or one of another shape.
+
+    It is asked itself, with tensors that hold nothing: which names it ties, renames or does without is its own to know.
+    """
+    import torch
+
+    no_weight_bars()
+    empty = {
+        name: torch.empty(one.shape, dtype=getattr(torch, FLOATS.get(one.dtype, "float32")), device="meta")
+        for name, one in weights.items()
+    }
+    options = {"device_map": {"": "meta"}, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        _, found = type(model).from_pretrained(None, config=shape, state_dict=empty, **options)
+    except RuntimeError as error:  # a part of what it puts together when it loads
+        what = f"its weights are not those that its configuration asks for: {' '.join(str(error).split())}"
+        raise UserError(what, where=where, remedy=AGAIN) from None
+    made_up = found["missing_keys"].intersection(name for name, _ in model.named_parameters(remove_duplicate=False))
+    for name in sorted(made_up):
+        raise UserError(f"lacks {name}, which its configuration asks for", where=where, remedy=AGAIN)
+    for name, there, asked in sorted(found["mismatched_keys"]):
+        what = f"its {name} is {tuple(there)}, and its configuration asks for {tuple(asked)}"
+        raise UserError(what, where=where, remedy=AGAIN)

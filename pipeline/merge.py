@@ -63,13 +63,13 @@ class Merge:
     def prepare(cls, job: Job) -> Self:
         source = take(job, find.latest_first(job.workspace, job.profile.id, ["dpo", "sft"]), "adapter")
         base, first = find_base(job.workspace, job.profile), taken(source)
+        if base.stored_quantised:
+            raise job.profile.error("base_model", f"{base.name} is stored quantised", "the model it was quantised from")
         if job.own_process and first.trained_over == "none" and not job.config.merge_config.adapters:
             imports.leave_out("bitsandbytes")
         identity = beside(base.identity)  # reads all of the weights, while the libraries are imported
         chat = base.chat()
         check_trained_on(base, chat, job.workspace, source, identity)
-        if "quantization_config" in json.loads((base.folder / "config.json").read_text()):
-            raise job.profile.error("base_model", f"{base.name} is stored quantised", "the model it was quantised from")
         all_taken = [first, *further(job, base, chat, first)]
         read = [lora.read(one.folder, base.folder, base.trust_remote_code) for one in all_taken]
         adapter = together(read, [one.name for one in all_taken])

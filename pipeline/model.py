@@ -5,6 +5,7 @@
 """
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from pipeline.profile import Profile
 from pipeline.progress import say
 from pipeline.quiet import no_weight_bars
 from pipeline.records.find import sha256
+from pipeline.shards import shards, tensors
 from pipeline.stage import Source
 from pipeline.workspace import Workspace
 
@@ -38,9 +40,18 @@ class Base:
 
     def identity(self) -> dict[str, Any]:
         """For the record: one hash over the weights' files and the configuration that says how they compute."""
-        files = [*sorted(self.folder.glob("*.safetensors")), self.folder / "config.json"]
+        files = [*shards(self.folder), self.folder / "config.json"]
         digest = hashlib.sha256("".join(f"{f.name} {sha256(f)}\n" for f in files).encode()).hexdigest()
         return {"name": self.name, "revision": self.revision, "sha256": digest}
+
+    @property
+    def stored_quantised(self) -> bool:
+        """Raises `UserError` for a configuration that is no JSON."""
+        path = self.folder / "config.json"
+        try:
+            return "quantization_config" in json.loads(path.read_text("utf-8"))
+        except ValueError:
+            raise UserError("is no JSON", where=str(path), remedy="fetching the model again") from None
 
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -70,6 +81,7 @@ def find_base(workspace: Workspace, profile: Profile, before_download: Callable[
     folder, revision = _folder(workspace, profile, before_download)
     if not any(folder.glob("*.safetensors")):
         raise profile.error("base_model", f"{folder} holds no .safetensors", "a model with safetensors weights")
+    tensors(folder)  # their headers alone
     dtype = {
         "bf16": "bfloat16",
         "fp16": "float16",

@@ -14,8 +14,9 @@ from typing import Any, BinaryIO, Self
 
 from pipeline.errors import UserError
 from pipeline.records.find import sha256
+from pipeline.safetensors_header import AGAIN, cut_off, entries, texts
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' name: torch's
 CHUNK = 1 << 22  # bytes copied at once
 SYNCED = 1 << 24  # bytes written between two syncs
@@ -54,7 +55,7 @@ class Stored:
         with self.file.open("rb") as file:
             file.seek(self.start)
             if file.readinto(raw.numpy()) < len(raw):
-                raise _cut_off(self.file)
+                raise cut_off(self.file)
         return raw.view(getattr(torch, FLOATS[self.dtype])).reshape(self.shape)
 
     def forget(self) -> None:
@@ -69,34 +70,70 @@ class Stored:
         for at in range(self.start, self.end, CHUNK):
             chunk = file.read(min(CHUNK, self.end - at))
             if len(chunk) < min(CHUNK, self.end - at):
-                raise _cut_off(self.file)
+                raise cut_off(self.file)
             yield chunk
 
 
 def stored(file: Path) -> dict[str, Stored]:
-    """Every tensor of a safetensors file, by name, in the order of their bytes: its header is JSON after its length."""
-    with file.open("rb") as opened:
-        begin = 8 + (length := int.from_bytes(opened.read(8), "little"))
-        if begin > file.stat().st_size:
-            raise _cut_off(file)
-        try:
-            found = json.loads(opened.read(length))
-        except ValueError:
-            raise _cut_off(file) from None
-    found.pop("__metadata__", None)
-    places = sorted(found.items(), key=lambda item: item[1]["data_offsets"])
-    return {
-        name: Stored(file, name, at["dtype"], tuple(at["shape"]), *(begin + offset for offset in at["data_offsets"]))
-        for name, at in places
-    }
+    """Every tensor of a safetensors file, by name, in the order of their bytes.
+
+    Raises `UserError`, naming file and tensor, for what safetensors itself would not read.
+    """
+    return {entry.name: Stored(file, *entry) for entry in entries(file)}
 
 
 def shards(folder: Path) -> list[Path]:
-    """The weight files that the model is made of: those of the index where there is one."""
-    index = folder / INDEX
-    if index.exists():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return sorted(folder.glob("*.safetensors"))
+    """The weight files that `transformers` loads, and no other: `model.safetensors`, else those of the index, sorted.
+
+    Another precision's or format's, such as `model.fp16.safetensors` and `consolidated.safetensors`, may lie beside
+    them. Raises `UserError` where there is neither, or where `transformers` would load something else too.
+    """
+    where = str(folder)
+    if (folder / "adapter_config.json").is_file():
+        what = "holds adapter_config.json beside the model, which would be loaded with that adapter"
+        raise UserError(what, where=where, remedy="moving the adapter to a folder of its own")
+    if _named_elsewhere(folder / "config.json"):
+        what = "its config.json has `transformers_weights`, which is not followed here"
+        raise UserError(what, where=where, remedy=f"calling the file {SINGLE}")
+    if (index := index_of(folder)) is not None:
+        return _indexed(index)
+    if not (folder / SINGLE).is_file():
+        raise UserError(f"holds neither {SINGLE} nor {INDEX}", where=where, remedy="a model that transformers saved")
+    return [folder / SINGLE]
+
+
+def index_of(folder: Path) -> Path | None:
+    """The index that says which files the weights are in; None where they are in a single one, whatever it says."""
+    return folder / INDEX if (folder / INDEX).is_file() and not (folder / SINGLE).is_file() else None
+
+
+def _named_elsewhere(config: Path) -> bool:
+    try:
+        known = json.loads(config.read_text("utf-8"))
+    except (OSError, ValueError):  # transformers says what is wrong with it
+        return False
+    return isinstance(known, dict) and bool(known.get("transformers_weights"))
+
+
+def _indexed(index: Path) -> list[Path]:
+    """Raises `UserError` for an index that transformers would not read, and for one that names anything but files here."""
+    where = str(index)
+    try:
+        known = json.loads(index.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"is no JSON: {error}", where=where, remedy=AGAIN) from None
+    if not isinstance(known, dict) or not isinstance(known.get("metadata"), dict) or not known.get("weight_map"):
+        raise UserError("is no index: it has no `weight_map` or no `metadata`", where=where, remedy=AGAIN)
+    if not texts(known["weight_map"]):
+        raise UserError("its `weight_map` is not of tensors to files", where=where, remedy=AGAIN)
+    names = sorted(set(known["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors") or not name.isprintable():
+            what = f"names {name!r}, which is no safetensors file in its own folder"
+            raise UserError(what, where=where, remedy="moving the file beside it and naming it so")
+        if not (index.parent / name).is_file():
+            raise UserError(f"names {name}, which is not there", where=where, remedy=AGAIN)
+    return [index.parent / name for name in names]
 
 
 def size(folder: Path) -> int:
@@ -105,8 +142,15 @@ def size(folder: Path) -> int:
 
 
 def tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the model, by name, sorted."""
-    return dict(sorted((name, one) for shard in shards(folder) for name, one in stored(shard).items()))
+    """Every tensor of the model, by name, sorted. Raises `UserError` for one that two files hold."""
+    found: dict[str, Stored] = {}
+    for shard in shards(folder):
+        for name, one in stored(shard).items():
+            if name in found:
+                what = f"{name!r} is in {found[name].file.name} and in {shard.name}"
+                raise UserError(what, where=str(folder), remedy=AGAIN)
+            found[name] = one
+    return dict(sorted(found.items()))
 
 
 def stored_dtypes(folder: Path) -> set[str]:
@@ -181,8 +225,12 @@ class Writer:
                 self._sync()
 
     def _wait(self) -> None:
-        if self._last:
-            self._last.result()
+        try:
+            if self._last:
+                self._last.result()
+        except OSError as error:  # a full disk does not say which file
+            error.filename = error.filename or self._file.name
+            raise
 
     def _put(self, values: memoryview) -> None:
         for at in range(0, len(values), CHUNK):
@@ -225,8 +273,8 @@ def rewrite(
                 yield name
         if journal:
             journal.add(shard.name, new.sha256)
-    if (base / INDEX).exists():
-        (folder / INDEX).write_bytes((base / INDEX).read_bytes())
+    if (index := index_of(base)) is not None:
+        (folder / INDEX).write_bytes(index.read_bytes())
 
 
 def _changed(tensor: Stored, change: Callable[[Any], Any], memory: Memory) -> Any:
@@ -240,10 +288,6 @@ def _changed(tensor: Stored, change: Callable[[Any], Any], memory: Memory) -> An
     if (after.dtype, after.shape) != (before.dtype, before.shape):
         raise ValueError(f"{tensor.name} would become {after.dtype} {tuple(after.shape)}")
     return after.contiguous().flatten().view(torch.uint8).numpy()
-
-
-def _cut_off(file: Path) -> UserError:
-    return UserError("is cut off, or no safetensors file", where=str(file), remedy="fetching it again")
 
 
 def _drop(file: BinaryIO) -> None:

@@ -24,6 +24,7 @@ from pipeline.records.file import Reading, RecordFile
 from pipeline.records.ids import ID
 from pipeline.records.lifecycle import liveness
 from pipeline.records.schema import Facts, Input
+from pipeline.shards import shards, size
 from pipeline.training_data import UNFIT, TrainingRows, read
 from pipeline.workspace import Workspace
 
@@ -289,14 +290,14 @@ def _base_folder(workspace: Workspace, name: str, revision: str | None) -> Path 
 def _identity(name: str, folder: Path) -> tuple[str | None, str]:
     from pipeline.model import Base
 
-    weights = list(folder.glob("*.safetensors"))
-    size = sum(path.stat().st_size for path in weights)
-    if not weights:
-        return None, f"{folder} holds no weights"
-    if size >= LARGE:
-        say(f"hashing the base {name}  {size / 1e9:.1f} GB")
     try:
+        if not shards(folder):
+            return None, f"{folder} holds no weights"
+        if (bytes_of := size(folder)) >= LARGE:
+            say(f"hashing the base {name}  {bytes_of / 1e9:.1f} GB")
         base = Base(name, None, folder, device="cpu", dtype=None, quantization="none", trust_remote_code=False)
         return base.identity()["sha256"], str(folder)
     except OSError as error:
         return None, f"{error.filename} cannot be read: {error.strerror}"
+    except UserError as error:
+        return None, str(error)

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pipeline.chat import CONTRACT_FILE, Chat
 from pipeline.errors import StageFailed, UserError
-from pipeline.export import Export, choose_pre_tokenizer
+from pipeline.export import Export, as_listed, choose_pre_tokenizer
 from pipeline.gguf import LlamaCpp, Reader, check_metadata, cpu_features
-from pipeline.gguf_loss import check_conversion, measure, table
+from pipeline.gguf_loss import Loss, check_conversion, measure, table
+from pipeline.model import load_model
 from pipeline.records.file import RecordFile
 from pipeline.stage import run_stage
 from pipeline.workspace import INSTALLED
@@ -80,6 +82,63 @@ def test_the_rows_are_those_that_training_held_out(environment: Path, trained: "
     assert len(export.rows) == facts.data["held_out"]["rows"] > 2
     assert len(Export.prepare(trained.job("export_config.rows=2")).rows) == 2
     assert dict(export.plan())["measured on"] == f"{len(export.rows)} held-out conversations"
+
+
+@pytest.mark.parametrize("formats", ["[]", "[f16,f16]"])
+def test_formats_are_at_least_one_and_each_once(trained: "Trained", formats: str) -> None:
+    with pytest.raises(UserError, match=r"export_config\.formats: .*at least one format, and each once"):
+        trained.job(f"export_config.formats={formats}")
+
+
+def test_the_word_that_was_left_out_is_named(trained: "Trained", aletheia: "Callable[..., Said]") -> None:
+    said = aletheia(trained.workspace, "export", "--profile", "small")
+    assert said.code == 2 and said.err == "error: No such option: --profile; try aletheia export gguf --help\n"
+
+
+def test_what_the_merges_record_does_not_name_is_no_part_of_the_model(
+    environment: Path, copied: "Trained", tmp_path: Path
+) -> None:
+    export, model = Export.prepare(copied.job()), copied.output("merge")
+    before, planned = load_file(model / "model.safetensors"), dict(export.plan())["model"]
+    (model / "model-zz.safetensors").write_bytes(bytes(20_000_000))
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "zz.safetensors"}}')
+    (model / "adapter_config.json").write_text("{}")
+    export = Export.prepare(copied.job())
+    assert dict(export.plan())["model"] == planned
+    taken = as_listed(export.source, copied.workspace, tmp_path)
+    assert taken.name == "model" and not {"model-zz.safetensors", "adapter_config.json"} & {
+        f.name for f in taken.iterdir()
+    }
+    loaded = load_model(taken, export.base).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in before.items())
+
+
+# ── What is said of few rows ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_two_rows_give_no_interval_and_that_is_said() -> None:
+    model, other = Loss([4.0, 5.5]), Loss([4.1, 5.7], [0.1, 0.4], [0.9, 1.0])
+    assert other.figures(model)["kl"] == {"value": 0.25, "n": 2}
+    lines = table(results_of(other, model))
+    assert not any("[" in line for line in lines) and "115.58 (n = 2)" in lines[1]
+    assert lines[-1] == "fewer than 5 rows are too few for an interval"
+
+
+def test_an_interval_stays_within_what_its_figure_can_be() -> None:
+    model, other = (
+        Loss([4.0] * 5),
+        Loss([4.1, 4.0, 4.0, 4.0, 4.0], [0.5, 0.0, 0.0, 0.0, 0.0], [0.5, 1.0, 1.0, 1.0, 1.0]),
+    )
+    found = other.figures(model)
+    assert found["kl"]["ci_low"] == 0 and found["kl"]["ci_high"] > 0.1
+    assert found["same_top_token"]["ci_high"] == 1 and found["same_top_token"]["ci_low"] < 0.9
+    assert found["eval_loss"]["delta"]["ci_low"] < 0  # a loss may fall
+    assert table(results_of(other, model))[-1] == "measured on 5 rows"
+
+
+def results_of(loss: Loss, model: Loss) -> dict[str, Any]:
+    of_model = {"bytes": 10} | model.figures(model)
+    return {"model": of_model, "formats": {"f16": {"bytes": 5} | loss.figures(model)}, "measured_on": "rows"}
 
 
 # ── Only what is whole has its name ──────────────────────────────────────────────────────────────────────────────────

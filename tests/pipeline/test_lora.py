@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from functools import cache, partial
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import lora
+from pipeline import adapter_config, lora, shards
 from pipeline.blocks import over_blocks
 from pipeline.errors import UserError
 from pipeline.model import Base, load_model
@@ -325,6 +326,142 @@ def test_an_adapter_that_merge_would_get_wrong_is_refused(
     assert str(adapter) in one_line(error)
 
 
+@pytest.mark.parametrize("text", ["{", "[1]", "\ufeff{}"])
+def test_a_configuration_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    (file := tmp_path / "adapter_config.json").write_text(text, "utf-8")
+    with pytest.raises(UserError, match=r"is no JSON|is no mapping") as error:
+        adapter_config.read(file)
+    assert one_line(error).startswith(f"{file}: ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("r", "4"),
+        ("r", None),
+        ("r", 0),
+        ("lora_alpha", "8"),
+        ("lora_alpha", None),
+        ("lora_alpha", math.inf),
+        ("rank_pattern", {"(": 2}),
+        ("rank_pattern", {"q_proj": "2"}),
+        ("alpha_pattern", None),
+        ("bias", "some"),
+        ("target_modules", "("),
+        ("use_dora", "false"),
+        ("modules_to_save", "lm_head"),
+        ("trainable_token_indices", ["a"]),
+    ],
+    ids=str,
+)
+def test_a_key_of_another_type_than_peft_takes_is_named(tmp_path: Path, key: str, value: Any) -> None:
+    (file := tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", key: value}))
+    with pytest.raises(UserError, match=f": {key}: ") as error:
+        adapter_config.read(file)
+    assert one_line(error).startswith(f"{file}: ")
+
+
+def test_what_only_peft_knows_to_refuse_is_one_line_too(plain_adapter: Path, base: Base) -> None:
+    altered(plain_adapter / "adapter_config.json", trainable_token_indices=[1], target_modules=["embed_tokens"])
+    with pytest.raises(
+        UserError, match=r"adapter_config\.json: peft cannot lay it over the base"
+    ) as error:  # TypeError
+        lora.read(plain_adapter, base.folder)
+    one_line(error)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_refused_when_they_are_read(
+    plain_adapter: Path, base: Base, value: float
+) -> None:
+    tensors = load_file(plain_adapter / WEIGHTS)
+    key = f"{lora.PREFIX}model.layers.1.mlp.up_proj.lora_B.weight"
+    tensors[key][3, 3] = value
+    save_file(tensors, plain_adapter / WEIGHTS)
+    with pytest.raises(UserError, match=f"{re.escape(key)} holds numbers that are not finite"):
+        lora.read(plain_adapter, base.folder)
+
+
+@pytest.fixture(scope="module")
+def made_adapter(base: Base, make_adapter: Callable[..., Path]) -> Path:
+    return make_adapter(base.folder, target_modules=["q_proj", "up_proj"])
+
+
+@pytest.fixture
+def plain_adapter(made_adapter: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made_adapter, tmp_path / "adapter")
+
+
+def test_a_module_trained_whole_and_by_tokens_is_refused(
+    plain_adapter: Path, untied: Callable[[torch.dtype], Path]
+) -> None:
+    both = {"modules_to_save": ["embed_tokens"], "trainable_token_indices": [1]}
+    altered(plain_adapter / "adapter_config.json", **both)
+    with pytest.raises(
+        UserError, match=r"trains all of model\.embed_tokens and tokens of it too; try training without"
+    ):
+        lora.read(plain_adapter, untied(torch.float32))
+
+
+def test_a_tied_weight_that_the_base_stores_twice_is_refused(
+    plain_adapter: Path, untied: Callable[[torch.dtype], Path], tmp_path: Path
+) -> None:
+    twice = shutil.copytree(untied(torch.float32), tmp_path / "twice")
+    altered(twice / "config.json", tie_word_embeddings=True)
+    altered(plain_adapter / "adapter_config.json", trainable_token_indices=[1])
+    tensors = load_file(plain_adapter / WEIGHTS)
+    tensors[f"{lora.PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta"] = torch.ones(1, 128)
+    save_file(tensors, plain_adapter / WEIGHTS)
+    said = r"changes model\.embed_tokens\.weight, which the base stores twice, as .* and as .*; try "
+    with pytest.raises(UserError, match=said):
+        lora.read(plain_adapter, twice)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lm_head.weight": None}, r"lacks lm_head\.weight, which its configuration asks for"),
+        ({"model.norm.weight": None}, r"lacks model\.norm\.weight, which"),
+        ({"model.norm.weight": torch.ones(3)}, r"norm\.weight is \(3,\), and its configuration asks for \(128,\)"),
+    ],
+)
+def test_a_weight_that_would_be_made_up_is_missed_in_the_base(
+    plain_adapter: Path,
+    untied: Callable[[torch.dtype], Path],
+    tmp_path: Path,
+    change: dict[str, torch.Tensor | None],
+    said: str,
+) -> None:
+    folder = shutil.copytree(untied(torch.float32), tmp_path / "lacking")
+    kept = load_file(folder / "model.safetensors") | change
+    save_file({name: tensor for name, tensor in kept.items() if tensor is not None}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=said) as error:
+        lora.read(plain_adapter, folder)
+    assert one_line(error).startswith(str(folder))
+
+
+@pytest.mark.parametrize("stored", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_what_transformers_ties_or_puts_together_is_not_missed(tmp_path: Path, stored: str) -> None:
+    """A tied weight under either name, experts stored apart that load as one tensor, a tensor too many."""
+    import transformers
+
+    small = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = transformers.MixtralConfig(**small, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2)
+    config.tie_word_embeddings = True
+    model = transformers.MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights[stored] = weights.pop("model.embed_tokens.weight")
+    save_file(weights | {"more": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert weights.keys() != model.state_dict().keys()
+    lora._check_base(model, config, shards.tensors(tmp_path), "base")
+    expert = next(name for name in weights if "experts.1" in name)
+    lacking = {name: one for name, one in shards.tensors(tmp_path).items() if name != expert}
+    with pytest.raises(UserError, match=r"not those that its configuration asks for|lacks") as error:
+        lora._check_base(model, config, lacking, "base")
+    one_line(error)
+
+
 def test_another_method_is_refused(base: Base, make_adapter: Callable[..., Path]) -> None:
     from peft import LoHaConfig
 
@@ -407,7 +544,7 @@ def test_an_adapter_for_another_model_is_refused(base: Base, make_adapter: Calla
     other = shutil.copytree(base.folder, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
     save_file({f"old.{name}": tensor for name, tensor in tensors.items()}, other / "model.safetensors")
-    with pytest.raises(UserError, match=r"q_proj\.weight is no weight of the base"):
+    with pytest.raises(UserError, match=r"other: lacks .*, which its configuration asks for"):
         lora.read(make_adapter(base.folder), other)
 
 

@@ -1,5 +1,7 @@
 """Promise 8 for the base: what is missing is said in one line, before a record exists; and what a base is known by."""
 
+import hashlib
+import json
 import shutil
 import socket
 from collections.abc import Callable
@@ -15,7 +17,9 @@ from pipeline.dpo import Dpo
 from pipeline.errors import UserError
 from pipeline.merge import Merge
 from pipeline.model import Base, find_base
+from pipeline.records.find import sha256
 from pipeline.sft import Sft
+from pipeline.shards import INDEX, SINGLE, rewrite, shards, tensors
 from pipeline.stage import Job, run_stage
 from pipeline.workspace import CHECKOUT, Workspace
 
@@ -83,6 +87,44 @@ def test_a_base_is_known_by_its_weights_wherever_it_lies(base: Base, tmp_path: P
     weights[name].flatten()[0] += 1e-6
     save_file(weights, elsewhere.folder / "model.safetensors", metadata={"format": "pt"})
     assert elsewhere.identity()["sha256"] != base.identity()["sha256"]
+
+
+def test_a_single_file_goes_before_an_index_as_transformers_loads_them(base: Base, tmp_path: Path) -> None:
+    """So does whatever the pipeline reads, hashes and merges; what lies beside it is left where it is."""
+    from transformers import AutoModelForCausalLM
+
+    (out := tmp_path / "out").mkdir()
+    folder = shutil.copytree(base.folder, tmp_path / "both")
+    weights = load_file(folder / SINGLE)
+    for beside in ("model-00001-of-00001", "model.fp16", "consolidated"):
+        save_file({name: 2 * tensor for name, tensor in weights.items()}, folder / f"{beside}.safetensors")
+    where = dict.fromkeys(weights, "model-00001-of-00001.safetensors")
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+    assert shards(folder) == [folder / SINGLE]
+    assert all(torch.equal(one.read(), loaded[name]) for name, one in tensors(folder).items())
+    list(rewrite(folder, out, {}))
+    assert [file.name for file in out.iterdir()] == [SINGLE]
+    assert replace(base, folder=folder).identity() == base.identity()
+
+    (folder / SINGLE).unlink()
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+    assert [shard.name for shard in shards(folder)] == ["model-00001-of-00001.safetensors"]
+    assert all(torch.equal(one.read(), loaded[name]) for name, one in tensors(folder).items())
+    assert replace(base, folder=folder).identity() != base.identity()
+
+
+def test_a_base_keeps_the_hash_it_had_in_records(base: Base, tmp_path: Path) -> None:
+    """Over its weight files and config.json, each by name and SHA-256."""
+    folder = shutil.copytree(base.folder, tmp_path / "sharded")
+    (folder / SINGLE).rename(folder / "two.safetensors")
+    save_file({"a": torch.ones(2)}, folder / "one.safetensors")
+    where = {"a": "one.safetensors", "b": "two.safetensors"}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    for at, files in ((base.folder, [SINGLE]), (folder, ["one.safetensors", "two.safetensors"])):
+        lines = "".join(f"{name} {sha256(at / name)}\n" for name in (*files, "config.json"))
+        assert replace(base, folder=at).identity()["sha256"] == hashlib.sha256(lines.encode()).hexdigest()
 
 
 @pytest.mark.parametrize(

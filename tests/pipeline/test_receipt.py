@@ -303,7 +303,7 @@ def test_what_is_not_finite_is_called_so(merged: Callable[..., Merged]) -> None:
     made = merged(torch.bfloat16)
     broken = each_factor(made.adapter, lambda factor: {"b": factor.b * float("inf")})
     made.write(broken)
-    with pytest.raises(StageFailed, match="proj.weight holds NaN or infinity"):
+    with pytest.raises(StageFailed, match=r"proj\.weight holds NaN or infinity"):
         made.weights(broken)
 
 

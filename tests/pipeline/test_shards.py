@@ -6,15 +6,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import UserError
 from pipeline.records.find import sha256
-from pipeline.shards import INDEX, Journal, rewrite, same_bytes, shards, size, stored, stored_dtypes, tensors
+from pipeline.safetensors_header import BITS
+from pipeline.shards import INDEX, SINGLE, Journal, rewrite, same_bytes, shards, size, stored, stored_dtypes, tensors
 from pipeline.workspace import CHECKOUT
 
 TENSORS = {
@@ -35,7 +37,7 @@ def model(tmp_path: Path) -> Path:
     for shard, given in TENSORS.items():
         save_file(given, folder / f"{shard}.safetensors", metadata={"format": "pt", "of": shard})
     where = {name: f"{shard}.safetensors" for shard, given in TENSORS.items() for name in given}
-    (folder / INDEX).write_text(json.dumps({"weight_map": where}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return folder
 
 
@@ -98,8 +100,84 @@ def test_the_model_is_made_of_the_files_its_index_names(model: Path) -> None:
     for name, tensor in (TENSORS["one"] | TENSORS["two"]).items():
         if tensor.is_floating_point():
             assert torch.equal(tensors(model)[name].read(), tensor)
-    (model / INDEX).unlink()
-    assert len(shards(model)) == 3
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("adapter_config.json", "{}", "loaded with that adapter"),
+        ("config.json", '{"transformers_weights": "other.safetensors"}', "transformers_weights"),
+        (INDEX, "{", "no JSON"),
+        (INDEX, "[]", "no index"),
+        (INDEX, '{"metadata": {}}', "no index"),
+        (INDEX, '{"weight_map": {"a": "one.safetensors"}}', "no `metadata`"),  # transformers: KeyError
+        (INDEX, '{"metadata": {}, "weight_map": {"a": 1}}', "not of tensors to files"),
+        (INDEX, '{"metadata": {}, "weight_map": {"a": "three.safetensors"}}', "three.safetensors, which is not there"),
+        (INDEX, '{"metadata": {}, "weight_map": {"a": "/one.safetensors"}}', "'/one.safetensors', which is no"),
+        (INDEX, '{"metadata": {}, "weight_map": {"a": "../model/one.safetensors"}}', "in its own folder"),
+        (INDEX, '{"metadata": {}, "weight_map": {"a": "sub/one.safetensors"}}', "in its own folder"),
+        (INDEX, '{"metadata": {}, "weight_map": {"a": "config.json"}}', "no safetensors file"),
+        (INDEX, None, "neither model.safetensors nor"),
+    ],
+)
+def test_a_folder_that_transformers_would_load_otherwise_is_refused(
+    model: Path, file: str, content: str | None, said: str
+) -> None:
+    (model / file).unlink() if content is None else (model / file).write_text(content)
+    with pytest.raises(UserError, match=said) as error:
+        shards(model)
+    assert str(model) in str(error.value) and "; try " in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tensor_in_two_files_is_named_with_both(model: Path) -> None:
+    save_file(TENSORS["two"] | {"a": torch.ones(7)}, model / "two.safetensors")
+    with pytest.raises(UserError, match=r"'a' is in one\.safetensors and in two\.safetensors"):
+        tensors(model)
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ([], "no safetensors file"),
+        ({"__metadata__": {"x": 1}, "a": entry()}, "no safetensors file"),
+        ({"a": 3}, "'a' lacks its dtype"),
+        ({"a": {"shape": [2], "data_offsets": [0, 8]}}, "'a' lacks its dtype"),
+        ({"a": entry(dtype="F33")}, "'a' is of a dtype that is not known: 'F33'"),
+        ({"a": entry(shape=[3])}, r"'a' has 8 bytes, too few or too many for \(3,\) of F32"),
+        ({"a": entry(dtype="F16")}, "'a' has 8 bytes"),
+        ({"a": entry(shape=[-2])}, "'a' has a shape or data_offsets other than"),
+        ({"a": entry(shape="2")}, "'a' has a shape or data_offsets other than"),
+        ({"a": entry(data_offsets=[-8, 0])}, "'a' has a shape or data_offsets other than"),
+        ({"a": entry(data_offsets=[8, 0])}, "'a' has -8 bytes"),
+        ({"a": entry(), "b": entry()}, "'b' begins 8 bytes before the end"),
+        ({"a": entry(data_offsets=[4, 8], shape=[1])}, "'a' begins 4 bytes after the end"),
+        ({"a": entry(data_offsets=[0, 16], shape=[4])}, "cut off"),
+        ({"a": entry(data_offsets=[0, 4], shape=[1])}, "4 bytes that are no tensor's"),
+    ],
+    ids=str,
+)
+def test_a_header_that_does_not_add_up_is_refused_as_safetensors_does(tmp_path: Path, header: Any, said: str) -> None:
+    file = tmp_path / SINGLE
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(SafetensorError):
+        safe_open(file, framework="pt")
+    with pytest.raises(UserError, match=said) as error:
+        stored(file)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", BITS)
+def test_every_dtype_takes_the_room_that_safetensors_gives_it(tmp_path: Path, dtype: str) -> None:
+    text = json.dumps({"a": entry(dtype=dtype, shape=[4], data_offsets=[0, BITS[dtype] // 2])}).encode()
+    file = tmp_path / SINGLE
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(BITS[dtype] // 2))
+    with safe_open(file, framework="pt") as opened:
+        assert list(opened.keys()) == list(stored(file)) == ["a"]
 
 
 @pytest.mark.parametrize("kept", [5, 60, -3])
