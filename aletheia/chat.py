@@ -7,7 +7,6 @@ The API key is `ALETHEIA_API_KEY`. Characters that a terminal would obey are esc
 """
 
 import json
-import os
 import sys
 from collections.abc import Generator
 from contextlib import closing, suppress
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.progress import say
+from serving.client import address_of, api_key
 
 if TYPE_CHECKING:
     from openai import APIError, OpenAI
@@ -72,11 +72,15 @@ class Talk:
 
     @classmethod
     def begin(cls, endpoint: str, system: str, model: str) -> "Talk":
-        from openai import APIError, OpenAI
+        from openai import APIError, NotFoundError, OpenAI
 
-        client = OpenAI(base_url=endpoint, api_key=os.environ.get("ALETHEIA_API_KEY") or "none", max_retries=0)
+        endpoint = address_of(endpoint)
+        client = OpenAI(base_url=endpoint, api_key=api_key() or "none", max_retries=0)
         try:
             names = [card.id for card in client.models.list()]
+        except NotFoundError:
+            what = "a server answers, but shows no models here"
+            raise UserError(what, where=endpoint, remedy="--endpoint http://HOST:PORT/v1") from None
         except APIError as error:
             raise _told(error, endpoint) from None
         if not names or (model and model not in names):

@@ -86,7 +86,7 @@ class Child:
         """Raises `StageFailed` when the child ends first, `Interrupted` when someone asked to stop."""
         began = told = time.monotonic()
         while not ready():
-            self._check("before it was ready")
+            self.check("before it was ready")
             if stop.requested:
                 raise Interrupted(f"interrupted by {stop.requested}")
             if (now := time.monotonic()) - told >= LINE_EVERY:
@@ -98,7 +98,7 @@ class Child:
     def watch(self, stop: StopRequest) -> None:
         """Returns when someone asked to stop. Raises `StageFailed` when the child ends by itself."""
         while not stop.requested:
-            self._check("while it served")
+            self.check("while it served")
             time.sleep(POLL)
 
     def drain(self) -> None:
@@ -128,7 +128,8 @@ class Child:
                 found.append((line, prefix[3] or ""))
         return found
 
-    def _check(self, when: str) -> None:
+    def check(self, when: str) -> None:
+        """Raises `StageFailed` when the child has ended: how, and the cause that its log names."""
         if (code := self.process.poll()) is None:
             return
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

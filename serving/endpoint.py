@@ -21,6 +21,7 @@ from pipeline.profile import as_assignments
 from pipeline.progress import Progress
 from pipeline.stage import Job
 from pipeline.workspace import CHECKOUT
+from serving.client import address_of, api_key
 from serving.engine import Answer, Sampling
 
 REQUEST_TIMEOUT = 600.0  # seconds: a long answer on a CPU
@@ -34,16 +35,15 @@ class Lacks(Exception):
 
 
 class Endpoint:
-    """A server and the one of its models that is meant: the first of `wanted` that it has, else its first.
+    """A server and the one of its models that is meant: the first of `wanted` that it has, or the only one it has.
 
-    Raises `UserError` when it cannot be reached or wants a key.
+    Raises `UserError` when it cannot be reached, wants a key, or has several and none of them is meant.
     """
 
     def __init__(self, url: str, wanted: Sequence[str] = ()) -> None:
         import httpx
 
-        self.root = url.rstrip("/").removesuffix("/v1")
-        key = os.environ.get("ALETHEIA_API_KEY")
+        self.root, key = address_of(url).removesuffix("/v1"), api_key()
         self._client = httpx.Client(
             base_url=self.root, timeout=REQUEST_TIMEOUT, headers={"Authorization": f"Bearer {key}"} if key else {}
         )
@@ -53,6 +53,9 @@ class Endpoint:
             raise UserError(f"shows no models at /v1/models ({error})", where=self.root) from None
         if not names:
             raise UserError("serves no model", where=self.root)
+        if wanted and len(names) > 1 and not {*wanted} & {*names}:  # the first may be the base below an adapter
+            what = f"serves {', '.join(names)}; none of them is {' or '.join(wanted)}"
+            raise UserError(what, where=self.root, remedy="the --profile and --from that are served there")
         self.model: str = next((name for name in wanted if name in names), names[0])
 
     def post(self, path: str, **body: Any) -> Any:

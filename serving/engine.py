@@ -40,6 +40,7 @@ class Engine(Protocol):
 
     chat: Chat
     context: int  # tokens, prompt and answer together
+    precision: str  # that it computes in: float32, bfloat16, float16; or a GGUF type of fewer bits
 
     def start(self) -> None: ...
 
@@ -47,6 +48,11 @@ class Engine(Protocol):
 
     @property
     def alive(self) -> bool: ...
+
+    @property
+    def ended(self) -> str:
+        """Once it is not alive: how it ended, in one line."""
+        ...
 
     def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[Answer]:
         """Yields the answer as it grows; the last one has its finish reason. Closing the iterator frees the slot.

@@ -7,7 +7,6 @@ and says what was served, by what, and how much. Says which backend it took and 
 whose chat template is not the one that was trained. The API key is the environment's ALETHEIA_API_KEY.
 """
 
-import os
 import signal
 import socket
 import threading
@@ -25,6 +24,7 @@ from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Input
 from pipeline.stage import Job, Source, take
 from serving.backends import Choice, choose
+from serving.client import api_key
 from serving.engine import Engine
 from serving.page.feedback import NAME as FEEDBACK
 from serving.vllm_backend.server import LOG, VllmServer, counts
@@ -32,6 +32,7 @@ from serving.vllm_backend.server import LOG, VllmServer, counts
 HEADER_BYTES = 1 << 16  # of a request's head, at most
 KEEP_ALIVE = 15  # seconds that a connection may be idle
 CLOSING = 5  # seconds, once all is answered, for clients to read it
+EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # all interfaces, and which of them is this machine's own
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Serve:
 
     @classmethod
     def prepare(cls, job: Job) -> Self:
+        api_key()  # one that cannot work is refused now
         choice = choose(job)
         source, base, chat = servable(job)
         context, gguf, vllm, inputs = _context(job, base), None, None, [source.input]
@@ -71,13 +73,19 @@ class Serve:
 
     @property
     def address(self) -> str:
-        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}/v1"
+        """That this machine reaches it at, also where it listens on all interfaces."""
+        host = EVERYWHERE.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/v1"
+
+    @property
+    def shown_address(self) -> str:
+        return self.address + (f" and on all interfaces of {socket.gethostname()}" if self.host in EVERYWHERE else "")
 
     def plan(self) -> list[tuple[str, str]]:
         rows = [
             ("model", f"{self.model_name} ({self.source.file.id})"),
             ("backend", str(self.choice)),
-            ("address", self.address),
+            ("address", self.shown_address),
         ]
         if self.gguf:
             rows.append(("file", self.job.workspace.shown(self.gguf)))
@@ -99,12 +107,12 @@ class Serve:
 
         def ready() -> None:
             """The record tells the address from now on."""
-            say(f"serving {self.model_name} at {self.address}  {self.choice}")
+            say(f"serving {self.model_name} at {self.shown_address}  {self.choice}")
             say(f"ready after {duration(time.monotonic() - began)}; Ctrl-C stops it")
             facts.results = results
             record.save()
 
-        if not _is_loopback(self.host) and not _api_key():
+        if not _is_loopback(self.host) and not api_key():
             say(
                 f"note: {self.host} is open to the network without an API key: set ALETHEIA_API_KEY, or anyone can use it"
             )
@@ -118,23 +126,25 @@ class Serve:
         import uvicorn
 
         from serving.front.app import build_app
+        from serving.front.connection import Connection
         from serving.front.drain import DrainingServer
         from serving.front.metrics import Usage
         from serving.page.page import Page
 
-        config, usage = self.job.config.serve_config, Usage()
-        app = build_app(self._engine(), self.model_name, config, usage, _api_key())
+        config, usage, engine = self.job.config.serve_config, Usage(), self._engine()
+        app = build_app(engine, self.model_name, config, usage, api_key())
         page = Page(
             app,
             feedback=record.folder / FEEDBACK,
             model=self.model_name,
-            api_key=_api_key(),
+            api_key=api_key(),
             contract=self.chat.contract.sha256,
         )
         options = uvicorn.Config(
             page,
             log_level="warning",
-            http="h11",
+            http=Connection,
+            ws="none",
             h11_max_incomplete_event_size=HEADER_BYTES,
             timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=CLOSING,
@@ -142,11 +152,14 @@ class Serve:
         ready()  # the socket listens: who comes now waits for the event loop
         if threading.current_thread() is threading.main_thread():  # a closed terminal: uvicorn heeds only the other two
             signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
+        server = DrainingServer(options, app.state.gate, engine)
         with record.stop.deferred():  # uvicorn takes the first signal, drains, and passes it on when it is done
-            DrainingServer(options, app.state.gate).run(sockets=[self.listener])
-        if not record.stop.requested:
-            raise StageFailed("the server ended by itself")
-        return {name: value for name, value in asdict(usage).items() if name != "started"}
+            server.run(sockets=[self.listener])
+        counted = {name: value for name, value in asdict(usage).items() if name != "started"}
+        if server.failure or not record.stop.requested:
+            record.facts.results |= counted
+            raise StageFailed(server.failure or "the server ended by itself")
+        return counted
 
     def _vllm(self, record: Record, ready: Callable[[], None]) -> dict[str, Any]:
         """vLLM's server, as a child."""
@@ -216,11 +229,6 @@ def _context(job: Job, base: Base) -> int:
         what = "the model does not say how many tokens it holds"
         raise job.profile.error("serve_config.context", what, "--set serve_config.context=4096")
     return int(wanted or most or 0)
-
-
-def _api_key() -> str | None:
-    """From the environment, so that it stands in no command line, record or log."""
-    return os.environ.get("ALETHEIA_API_KEY") or None
 
 
 def _is_loopback(host: str) -> bool:

@@ -127,15 +127,24 @@ def _ratings(workspace: Workspace, path: Path, notes: Notes) -> Iterator[Rating]
 
 def _latest(ratings: Sequence[Rating], notes: Notes) -> list[Rating]:
     """Of one completion the last word counts: who rates again has thought again. One that tells only the completion's id
-    gets its prompt from another that tells both."""
-    prompts = {r.told.completion_id: r.told.messages for r in ratings if r.told.completion_id and r.told.messages}
+    gets its prompt from another that tells both; where several are told under one id, nobody knows which was meant."""
+    prompts: dict[str, dict[str, Rating]] = defaultdict(dict)
+    for rating in ratings:
+        if rating.told.messages:
+            prompts[rating.told.completion_id][rating.asked] = rating
     latest: dict[tuple[str, ...], Rating] = {}
     for rating in ratings:
         told = rating.told
-        if not told.messages and told.completion_id not in prompts:
-            notes.add("nothing tells its prompt")
-            continue
-        rating = replace(rating, told=replace(told, messages=told.messages or prompts[told.completion_id]))
+        if not told.messages:
+            known = list(prompts[told.completion_id].values())
+            if len(known) > 1:
+                place = f"passed over: {rating.where}: `{told.completion_id}` is the completion of several prompts"
+                notes.add("its completion_id stands beside several prompts", place)
+            elif not known:
+                notes.add("nothing tells its prompt")
+            if len(known) != 1:
+                continue
+            rating = replace(rating, told=replace(told, messages=known[0].told.messages))
         one = (
             (rating.record, told.completion_id, rating.asked, rating.answer) if told.completion_id else (rating.where,)
         )

@@ -63,7 +63,8 @@ def build_app(
     app = FastAPI(lifespan=running, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.gate = front.gate
     for path, (method, handler) in front.endpoints.items():
-        app.add_api_route(path, handler, methods=[method], response_model=None)
+        methods = [method, "HEAD"] if method == "GET" else [method]
+        app.add_api_route(path, handler, methods=methods, response_model=None)
     app.add_middleware(
         Door, gate=front.gate, metrics=front.metrics, api_key=api_key, endpoints=frozenset(front.endpoints)
     )
@@ -215,7 +216,7 @@ class Front:
 
     def _card(self) -> dict[str, Any]:
         card = {"id": self.model, "object": "model", "created": int(self.usage.started), "owned_by": "aletheia"}
-        return card | {"max_model_len": self.engine.context}
+        return card | {"max_model_len": self.engine.context, "precision": self.engine.precision}  # both not OpenAI's
 
     async def health(self) -> Response:
         alive = self.engine.alive

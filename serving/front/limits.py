@@ -56,7 +56,7 @@ class Gate:
             raise ApiError(400, f"{answers} answers in one request; this server takes {most} at a time")
         if self._taken + answers > most:
             raise ApiError(
-                429, f"{self.running} answers are generated and {self.waiting} wait, which is all that may",
+                429, f"{self._taken} answers are generated or wait, of {most} that may; {answers} more are too many",
                 code="rate_limit_exceeded", headers={"Retry-After": str(self._retry_after())},
             )  # fmt: skip
         self._taken += answers

@@ -20,7 +20,8 @@ SHUTTING_DOWN = "shutting_down"
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,), "logit_bias": ({},),
     "top_k": (0, -1), "min_p": (0,), "min_tokens": (0,), "ignore_eos": (False,), "suffix": ("",), "best_of": (1,),
-    "tools": ([],), "response_format": ({"type": "text"},), "store": (False,), "service_tier": ("auto",),
+    "tools": ([],), "tool_choice": ("none",), "response_format": ({"type": "text"},), "store": (False,),
+    "service_tier": ("auto",),
 }  # fmt: skip
 
 M = TypeVar("M", bound=BaseModel)
@@ -215,4 +216,6 @@ def _refusal(error: ValidationError) -> ApiError:
             return ApiError(400, f"`{where}` is missing", param=where)
         case "model_type" if not where:
             return ApiError(400, "the body is no JSON object")
+        case "string_pattern_mismatch" | "string_too_short":  # `Message.content`
+            what = "is blank"
     return ApiError(400, f"{where}: {what}" if where else what, param=where or None)

@@ -3,15 +3,17 @@
 It batches continuously; the front stays ours. Token ids go in and come out: neither its chat template nor its tokenizer
 is used. Greedy is the likeliest token and nothing else; a temperature acts before `top_p`, and no other of its samplers
 runs. One request is one slot; the rest wait here, so a request that is given up before its turn costs nothing. Weights
-and KV cache are those of the file and f16: log-probs are of that model, and a seed's answer may turn where two tokens
-are within rounding of each other, since llama.cpp computes a batch of one otherwise than a batch of many.
+and KV cache are those of the file and f16: log-probs are of that model.
+
+A seed repeats an answer only where nothing runs beside it. llama.cpp multiplies a batch of one by other kernels than a
+batch of several (`llamafile_sgemm`), which moves log-probs by up to 0.002 nats; and it draws by adding up probabilities
+in the vocabulary's order, where that moves every bound between two tokens. A long answer nearly always turns somewhere.
 """
 
 import asyncio
 import json
+import os
 import random
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -20,15 +22,18 @@ from typing import Any
 
 from pipeline.chat import Chat
 from pipeline.errors import StageFailed, UserError
-from pipeline.gguf import SETUP, LlamaCpp, Reader, check_metadata, clean_environment, compute_threads
+from pipeline.gguf import SETUP, LlamaCpp, Reader, ReaderFailed, check_metadata, clean_environment, compute_threads
+from pipeline.progress import say
 from pipeline.records import find
 from pipeline.stage import Job, Source
 from serving.child import Child
 from serving.engine import Answer, Sampling, TokenScore
+from serving.llamacpp_backend.folder import PrivateFolder
 
 CACHE_SHARE = 0.25  # of the free memory, at most, for the KV cache
 LEAST = -104.0  # nats: float32 has no smaller probability, and the server gives 0 for it
 LOAD_TIMEOUT = 600.0  # seconds
+PRECISIONS = {"f16": "float16"}  # torch's names, of the types that it has
 SEEDS = 2**32 - 1  # and one that means "any"
 
 
@@ -76,6 +81,7 @@ class LlamaCppEngine:
         kv_cache_gb: float | None = None,
     ) -> None:
         self.chat, self._gguf, self._llama = chat, gguf, LlamaCpp.required()
+        self.precision = PRECISIONS.get(gguf.stem, gguf.stem)
         self._threads = threads or compute_threads()
         with Reader(self._llama, gguf) as reader:
             facts = reader.facts
@@ -93,17 +99,21 @@ class LlamaCppEngine:
         """Returns when the model is loaded. Raises `StageFailed`, quoting the server, when it cannot be."""
         if self._child:
             return
-        self._folder = Path(tempfile.mkdtemp(prefix="aletheia-"))  # for this user alone
-        self._socket = str(self._folder / "llama.sock")
+        # by its descriptor both processes read this very file, whatever has its name by then
+        self._file = self._gguf.open("rb")
+        self._model = Path(f"/proc/{os.getpid()}/fd/{self._file.fileno()}")
+        self._folder = PrivateFolder()
+        self._socket = str(self._folder.path / "llama.sock")
         command = [
-            *(self._llama.tool("llama-server"), "--model", str(self._gguf.absolute()), "--host", self._socket),
+            *(self._llama.tool("llama-server"), "--model", str(self._model), "--host", self._socket),
             *("--ctx-size", str(self.slots * self.context), "--parallel", str(self.slots)),
             *("--threads", str(self._threads), "--threads-batch", str(self._threads)),
             *("--cache-ram", "0"),  # else prompts are kept in up to 8 GB
             *("--chat-template", "chatml", "--reasoning-format", "none", "--no-webui"),  # none of it is used
             *("--offline", "--fit", "off", "--log-verbosity", "1"),
         ]
-        child = Child(command, self._folder / "llama-server.log", clean_environment(), drain=0, name="llama-server")
+        log = self._folder.path / "llama-server.log"
+        child = Child(command, log, clean_environment(), drain=0, name="llama-server")
         try:
             child.__enter__()
             _wait(child, self._socket)
@@ -122,11 +132,21 @@ class LlamaCppEngine:
 
     def _end(self, child: Child) -> None:
         child.__exit__(None, None, None)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.remove()
+        self._file.close()
 
     @property
     def alive(self) -> bool:
         return self._child is not None and self._child.process.poll() is None
+
+    @property
+    def ended(self) -> str:
+        try:
+            if self._child:
+                self._child.check("while it served")
+        except StageFailed as failure:
+            return failure.what
+        return "llama-server was stopped"
 
     async def generate(self, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[Answer]:
         """Yields the answer as it grows; the last one has its finish reason. Closing the iterator frees the slot."""
@@ -177,13 +197,18 @@ class LlamaCppEngine:
 
         found: list[TokenScore | None] = [None]
         with self._scoring:
-            if self._scorer is None:
-                self._scorer = Reader(self._llama, self._gguf, self.context, self._threads)
             if len(tokens) < 2:
                 return found[: len(tokens)]
-            for block in self._scorer.logits(tokens[:-1], range(len(tokens) - 1)):
-                log_probs = torch.from_numpy(block).log_softmax(-1)
-                found += token_scores(log_probs, tokens[len(found) : len(found) + len(block)], top)
+            try:
+                if self._scorer is None:
+                    self._scorer = Reader(self._llama, self._model, self.context, self._threads)
+                for block in self._scorer.logits(tokens[:-1], range(len(tokens) - 1)):
+                    log_probs = torch.from_numpy(block).log_softmax(-1)
+                    found += token_scores(log_probs, tokens[len(found) : len(found) + len(block)], top)
+            except ReaderFailed as failure:  # its words may name paths, which are no client's business
+                self._scorer = None
+                say(f"note: scoring failed: {failure}")
+                raise RuntimeError("llama.cpp's process that scores has ended") from None
         return found
 
 

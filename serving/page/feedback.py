@@ -94,7 +94,7 @@ def _messages(values: Any) -> tuple[dict[str, str], ...]:
 
 
 def request(body: bytes) -> Feedback:
-    """What a client sent. Raises `Invalid`."""
+    """What a client sent. Raises `Invalid`, also for a conversation that no pair could be made of."""
     try:
         values = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -102,7 +102,15 @@ def request(body: bytes) -> Feedback:
     for name in THE_SERVERS:
         if isinstance(values, dict) and name in values:
             raise Invalid("is not known here", name)
-    return parse(values)
+    told = parse(values)
+    for number, message in enumerate(told.messages):
+        if not message["content"].strip():
+            raise Invalid("is blank", f"messages.{number}.content")
+    roles = [message["role"] for message in told.messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if turns != (["user", "assistant"] * len(turns))[: len(turns)]:
+        raise Invalid("must be an optional system, then user and assistant in turn, as in training", "messages")
+    return told
 
 
 def append(path: Path, feedback: Feedback, model: str, contract: str) -> str:

@@ -4,9 +4,10 @@
     vllm serve …  --middleware serving.page.page.PageOfEnvironment      (with PYTHONPATH=<checkout>)
 
 Plain ASGI and the standard library alone, since vLLM's environment loads it. All other requests pass on untouched, but for
-one rule: a server without an API key that is reached at a loopback address answers to loopback names only. Else any web
-site could point a name of its own at 127.0.0.1 (DNS rebinding) and use the model from a visitor's browser. With a key that
-gains nothing: a foreign site has no key.
+two rules. A body's length is said once: else a proxy before this server could see other requests than it does. And a
+server without an API key that is reached at a loopback address answers to this machine's own names only. Else any web site
+could point a name of its own at 127.0.0.1 (DNS rebinding) and use the model from a visitor's browser. With a key that gains
+nothing: a foreign site has no key.
 
 What the page may do is said by its content security policy: one script and one style sheet, named by their hashes, no
 other address than the server's own, and no text ever parsed as markup (trusted types).
@@ -19,6 +20,7 @@ import hmac
 import ipaddress
 import json
 import os
+import socket
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,9 @@ class Page:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
+        elif {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+            what = "Content-Length and Transfer-Encoding together: a body's length is said once"
+            await _refuse(send, 400, what, headers=[(b"connection", b"close")])
         elif self._key is None and not _named_as_local(scope):
             await _refuse(send, 403, "this server answers to localhost only; with an API key it answers to any name")
         elif scope["path"] == "/" and scope["method"] in ("GET", "HEAD"):
@@ -127,17 +132,25 @@ async def _body(receive: Receive) -> bytes | None:
 
 
 def _named_as_local(scope: Scope) -> bool:
-    """False when a loopback address was reached by a name that is not loopback's. Only browsers matter: they send a name."""
+    """False when a loopback address was reached by a name that is not this machine's own. Only browsers matter: they send
+    a name. 0.0.0.0 and the host name are ways to a server on all interfaces, and no other site can have them."""
     server = scope.get("server")
     if not server or not _is_loopback(server[0]):
         return True
     hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
-    return all(_is_loopback(_name(host)) for host in hosts)
+    return all(_is_loopback(name) or _is_own(name) for name in map(_name, hosts))
 
 
 def _name(host: str) -> str:
     """Without the port: `localhost:8000`, `[::1]:8000`."""
-    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    if host.startswith("["):
+        name, _, port = host[1:].partition("]")
+        return name if port[:1] in ("", ":") else ""
+    return host.partition(":")[0]
+
+
+def _is_own(name: str) -> bool:
+    return name in ("0.0.0.0", "::") or name.lower().rstrip(".") == socket.gethostname().lower() != ""
 
 
 def _is_loopback(name: str) -> bool:

@@ -26,7 +26,7 @@ from serving.endpoint import Endpoint, own_server
 from serving.parity.compared import Compared
 from serving.parity.plain import compare_plain
 from serving.parity.probes import held_out, make_probes
-from serving.parity.served import compare
+from serving.parity.served import compare, said_precision
 from serving.serve import model_name, servable
 
 
@@ -34,6 +34,8 @@ def check_parity(
     job: Job, backends: Sequence[str] = (), endpoint: str | None = None, precision: str | None = None
 ) -> tuple[list[Compared], dict[str, str]]:
     """Every way to run the job's model, plain transformers first; and the backends left out, with the reason.
+
+    `precision`: that they compute in; None: as the weights are stored, or as a server says of itself.
 
     `backends`: none named means all that can be started here. With an `endpoint`, already running, that alone is
     compared. Raises `UserError` when a backend that was named cannot be started.
@@ -46,10 +48,13 @@ def check_parity(
     probes = make_probes(chat, _rows(job, source))
     asked = [] if server else backends or known
     computes_in = {name: precision or _precision(job, name) for name in asked}
-    reference, plain = compare_plain(job, source, base, chat, probes, {*computes_in.values(), precision})
+    said = said_precision(server) if server and not precision else None
+    reference, plain = compare_plain(job, source, base, chat, probes, {*computes_in.values(), precision, said})
     found, left_out = [plain], {}
     if server:
-        found.append(compare(server, server.root, chat, probes, reference, precision))
+        if said and said != reference.stored:
+            say(f"{server.root} says that it computes in {said}")
+        found.append(compare(server, server.root, chat, probes, reference, precision or reference.believed(said)))
     for name, its_precision in computes_in.items():
         with ExitStack() as stack:
             try:

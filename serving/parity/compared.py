@@ -22,6 +22,7 @@ class Compared:
 
     backend: str
     bound: Spread | None = None  # of log-probs
+    moved: Spread | None = None  # by training
     spread: Spread | None = None
     held: set[str] = field(default_factory=set)
     problems: dict[str, str] = field(default_factory=dict)  # the first of each check
@@ -58,6 +59,12 @@ class Compared:
         self.spread = spread
         if bound is None:
             self.lacks("log-probs", f"nothing tells here what rounding to {precision} does to this model")
+            if self.moved and not spread.mean < self.moved.mean / 2:  # NaN is not
+                what = (
+                    f"log-probs differ by {spread.mean:.2g} nats on average; training moved them by "
+                    f"{self.moved.mean:.2g}, so this may be the base"
+                )
+                self.saw("log-probs", False, what)
         else:
             what = (
                 f"log-probs differ by {spread.worst:.2g} nats at worst, {spread.mean:.2g} on average; "

@@ -105,6 +105,11 @@ class Reference:
         noise = self.noise.get(precision or self.stored)
         return noise.bound() if noise else None
 
+    def believed(self, said: str | None) -> str | None:
+        """A server's word for its precision; None where rounding to that would hide a server of the base."""
+        bound = self.bound(said)
+        return None if bound and self.moved.within(bound) else said
+
     @property
     def sees_the_base(self) -> bool:
         """Whether a server that leaves the training out, or the adapter, would be beyond the bound."""

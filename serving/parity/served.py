@@ -10,11 +10,21 @@ from serving.parity.compared import Compared
 from serving.parity.probes import ANSWER_TOKENS, NEVER_ENDS, Probe, Reference, Scores
 
 
+def said_precision(endpoint: Endpoint) -> str | None:
+    """That it computes in, where it says so beside its model, as this project's own server does."""
+    try:
+        cards = endpoint._ask("GET", "/v1/models", None)["data"]
+        said = next(card.get("precision") for card in cards if card["id"] == endpoint.model)
+    except (Lacks, AttributeError, KeyError, StopIteration, TypeError):
+        return None
+    return said if isinstance(said, str) else None
+
+
 def compare(
     endpoint: Endpoint, name: str, chat: Chat, probes: list[Probe], reference: Reference, precision: str | None
 ) -> Compared:
     """What the server makes of the probes. Raises `StageFailed` when it fails, `UserError` when it is gone."""
-    found = Compared(name, reference.bound(precision))
+    found = Compared(name, reference.bound(precision), reference.moved)
     differences: list[float] = []
     exact = zip(reference.exact.first, reference.exact.tokens, strict=True)
     for probe, (first, tokens) in zip(track(probes, f"{name}: parity", "prompt"), exact, strict=True):

@@ -45,7 +45,7 @@ class TransformersEngine:
         from serving.transformers_backend.results import Router
         from serving.transformers_backend.sampling import Drawer
 
-        self.chat = chat
+        self.chat, self.precision = chat, str(model.dtype).removeprefix("torch.")
         batch = max(PASS, max_concurrent)
         pages, self.context = _kv_cache(model, context, max_concurrent, batch, kv_cache_gb)
         self._model, self._vocabulary = model, int(model.config.get_text_config().vocab_size)
@@ -85,6 +85,14 @@ class TransformersEngine:
     @property
     def alive(self) -> bool:
         return bool(self._manager.is_running())
+
+    @property
+    def ended(self) -> str:
+        from serving.transformers_backend.results import ENDED
+
+        cause = self._manager.background_thread_status.fatal_error
+        lines = str(cause).strip().splitlines() or [type(cause).__name__]
+        return f"{ENDED}: {lines[0][:300]}" if cause else ENDED
 
     @property
     def requests(self) -> int:

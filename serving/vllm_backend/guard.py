@@ -2,9 +2,11 @@
 
     python -m vllm.entrypoints.openai.api_server …  --middleware serving.vllm_backend.guard.Guard   (with PYTHONPATH=<checkout>)
 
-The API key on every path: vLLM asks for its own below /v1 alone, while /invocations generates too and /metrics and /tokenize
-answer. A body of limited size. No special token in a message, where it would forge a turn. Plain ASGI and the standard
-library alone, since vLLM's environment loads it.
+vLLM has a dozen more ways to generate, passes over what it does not know, and answers who names no model from the base below
+the adapters. Here: the promised paths alone; the API key on each, since vLLM asks for it below /v1 only; a body of limited
+size, checked by the types of `serving/front/protocol.py`; a model by name; no special token in a message, where it would forge
+a turn. vLLM is given what was checked, not what was sent. The models are listed here, the one that was asked for first.
+Plain ASGI, pydantic and the standard library alone, since vLLM's environment loads it.
 """
 
 import asyncio
@@ -12,9 +14,12 @@ import hmac
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
+
+from serving.front.protocol import ApiError, parsed
+from serving.vllm_backend.asked import GENERATING, TAKEN, Asked
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -22,38 +27,28 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN = ("/", "/health", "/ready")  # the page, which asks for the key itself, and what a supervisor polls
-COUNTED = ("/v1/chat/completions", "/v1/completions")
+OPEN = ("/health", "/ready")  # what a supervisor polls; the page, which asks for the key itself, is around this
+MODELS = "/v1/models"
+METHODS = {**dict.fromkeys((*OPEN, "/metrics", MODELS), "GET"), **dict.fromkeys(TAKEN, "POST")}
 TOKENS = {"prompt_tokens": "vllm:prompt_tokens", "completion_tokens": "vllm:generation_tokens"}
 WRITE_EVERY = 1.0  # seconds, at most
 BODY_TIMEOUT = 60.0  # seconds for a body to arrive
-
-
-class Refusal(Exception):
-    """A request that vLLM is not to see. In OpenAI's shape."""
-
-    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
-        self.status = status
-        error = {"message": message, "type": "invalid_request_error", "param": param, "code": code}
-        self.body = json.dumps({"error": error}).encode()
-
-    async def send(self, send: Send) -> None:
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(self.body)).encode())]
-        headers += [(b"www-authenticate", b"Bearer")] if self.status == 401 else []
-        await send({"type": "http.response.start", "status": self.status, "headers": headers})
-        await send({"type": "http.response.body", "body": self.body})
+REWRITTEN = (b"content-type", b"content-length", b"transfer-encoding")
 
 
 class Guard:
-    """Reads ALETHEIA_API_KEY; ALETHEIA_MAX_BODY, in bytes; ALETHEIA_RESERVED, a JSON list of the special tokens; and
-    ALETHEIA_COUNTS, the file that the counts go to."""
+    """Reads ALETHEIA_API_KEY; ALETHEIA_MODELS, a JSON list of names, and ALETHEIA_CONTEXT, in tokens; ALETHEIA_MAX_BODY, in
+    bytes; ALETHEIA_RESERVED, a JSON list of the special tokens; and ALETHEIA_COUNTS, the file that the counts go to."""
 
     def __init__(self, app: App) -> None:
         self.app = app
         self._key = os.environ.get("ALETHEIA_API_KEY", "").encode()
+        self._models: list[str] = json.loads(os.environ["ALETHEIA_MODELS"])
+        self._context = int(os.environ["ALETHEIA_CONTEXT"])
         self._most = int(os.environ["ALETHEIA_MAX_BODY"])
         self._reserved: list[str] = json.loads(os.environ["ALETHEIA_RESERVED"])
         self._file = Path(os.environ["ALETHEIA_COUNTS"])
+        self._began = int(time.time())
         self._counts = {"requests": 0, "refused": 0, "errors": 0}
         self._written = 0.0
 
@@ -63,9 +58,9 @@ class Guard:
         elif scope["type"] != "http":  # a browser could send no key with it, and any site may open one
             await send({"type": "websocket.close", "code": 1008})
         else:
-            counted = scope["path"] in COUNTED
+            counted = scope["path"] in GENERATING
             try:
-                await self._pass_on(scope, receive, self._counting(send) if counted else send)
+                await self._answer(scope, receive, self._counting(send) if counted else send)
             except Exception:  # answered with a 500 further out
                 self._counts["errors"] += counted
                 raise
@@ -73,19 +68,36 @@ class Guard:
                 if counted and time.monotonic() - self._written > WRITE_EVERY:
                     self._write()
 
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
         try:
-            if scope["path"] not in OPEN and scope["method"] != "OPTIONS" and not self._knows(scope):
-                what = "the API key is missing or wrong: send it as `Authorization: Bearer KEY`"
-                raise Refusal(401, what, "invalid_api_key")
-            if scope["path"] == "/ready":  # vLLM listens when its model is there
+            self._admit(scope)
+            if path == MODELS:
+                return await _send(send, 200, {"object": "list", "data": [self._card(name) for name in self._models]})
+            if path.startswith(f"{MODELS}/"):
+                return await _send(send, 200, self._card(path.removeprefix(f"{MODELS}/")))
+            if path == "/ready":  # vLLM listens when its model is there
                 scope = dict(scope) | {"path": "/health", "raw_path": b"/health"}
-            if scope["method"] == "POST" and scope["path"] != "/v1/feedback":  # which the page limits itself
-                receive = await self._read(receive)
-        except Refusal as refusal:
-            await refusal.send(send)
-        else:
-            await self.app(scope, receive, send)
+            if kind := TAKEN.get(path):
+                body = await self._read(scope, receive)
+                if body is None:
+                    return None  # the client has left
+                scope, receive = _given(self._checked(kind, body), scope, receive)
+        except ApiError as refusal:
+            return await _send(send, refusal.status, refusal.body, refusal.headers)
+        return await self.app(scope, receive, send)
+
+    def _admit(self, scope: Scope) -> None:
+        """Raises `ApiError` without the key, and for what this server has not."""
+        path = scope["path"]
+        if path not in OPEN and not self._knows(scope):
+            what = "the API key is missing or wrong: send it as `Authorization: Bearer KEY`"
+            raise ApiError(401, what, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        method = "GET" if path.startswith(f"{MODELS}/") else METHODS.get(path)
+        if method is None:
+            raise ApiError(404, f"this server has no {path}")
+        if scope["method"] != method:
+            raise ApiError(405, f"{path} is asked with {method}", headers={"Allow": method})
 
     def _knows(self, scope: Scope) -> bool:
         """Whether the key is right; the time that takes does not tell how much of it is."""
@@ -94,31 +106,50 @@ class Guard:
         scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key)
 
-    async def _read(self, receive: Receive) -> Receive:
-        """Reads the body whole and looks at it; gives it out again, and then what else comes. Raises `Refusal`."""
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The body, whole; None when the client leaves before that. Raises `ApiError`."""
+        # a page of another site can send any other type unasked, but not this one
+        sent_as = dict(scope["headers"]).get(b"content-type", b"").partition(b";")[0]
+        if sent_as.strip().lower() != b"application/json":
+            raise ApiError(415, "the content type must be application/json")
         body, more = bytearray(), True
         try:
             async with asyncio.timeout(BODY_TIMEOUT):
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        break
+                        return None
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
                     if len(body) > self._most:
                         what = f"the body has more than the {self._most:,} bytes that one may have"
-                        raise Refusal(413, what, "body_too_large")
+                        raise ApiError(413, what, code="body_too_large")
         except TimeoutError:
-            raise Refusal(408, f"the body did not arrive in {BODY_TIMEOUT:.0f} s") from None
-        if token := next((token for text in _said(body) for token in self._reserved if token in text), None):
+            raise ApiError(408, f"the body did not arrive in {BODY_TIMEOUT:.0f} s") from None
+        return bytes(body)
+
+    def _checked(self, kind: type[Asked], body: bytes) -> bytes:
+        """The request as vLLM is to see it. Raises `ApiError`."""
+        request = parsed(kind, body)
+        if request.model is not None:
+            self._check_model(request.model)
+        messages = getattr(request, "messages", None) or []
+        if token := next((token for m in messages for token in self._reserved if token in m.content), None):
             what = f"messages hold the special token {token}, which would forge a turn"
-            raise Refusal(400, what, param="messages")
-        given = iter([{"type": "http.request", "body": bytes(body), "more_body": more}])
+            raise ApiError(400, what, param="messages")
+        return json.dumps(request.model_dump(exclude_unset=True)).encode()
 
-        async def again() -> Message:
-            return next(given, None) or await receive()
+    def _check_model(self, name: str) -> None:
+        if name not in self._models:
+            known = ", ".join(f"`{model}`" for model in self._models)
+            what = f"the model `{name}` does not exist; this server has {known}"
+            raise ApiError(404, what, param="model", code="model_not_found")
 
-        return again
+    def _card(self, name: str) -> dict[str, Any]:
+        """Raises `ApiError` for one that is not there."""
+        self._check_model(name)
+        card = {"id": name, "object": "model", "created": self._began, "owned_by": "aletheia"}
+        return card | {"max_model_len": self._context}
 
     def _counting(self, send: Send) -> Send:
         async def counting(message: Message) -> None:
@@ -146,20 +177,24 @@ class Guard:
         partial.replace(self._file)
 
 
-def _said(body: bytes | bytearray) -> Iterator[str]:
-    """Every text below `messages`, however it is shaped; what is no JSON, vLLM refuses."""
-    try:
-        waiting = [json.loads(body)["messages"]]
-    except (ValueError, RecursionError, KeyError, TypeError):
-        return
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, list):
-            waiting += value
-        elif isinstance(value, dict):
-            waiting += value.values()
+def _given(body: bytes, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
+    """The request with this body; then what else comes."""
+    headers = [(name, value) for name, value in scope["headers"] if name.lower() not in REWRITTEN]
+    headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    given = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def again() -> Message:
+        return next(given, None) or await receive()
+
+    return dict(scope) | {"headers": headers}, again
+
+
+async def _send(send: Send, status: int, value: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+    body = json.dumps(value).encode()
+    told = {"content-type": "application/json", "content-length": str(len(body))} | (headers or {})
+    raw = [(name.lower().encode(), text.encode()) for name, text in told.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _tokens() -> dict[str, int]:

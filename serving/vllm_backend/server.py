@@ -25,12 +25,14 @@ from pipeline.stage import Job, Source
 from pipeline.workspace import CHECKOUT
 from serving.backends import Environment
 from serving.child import Child
+from serving.client import api_key
+from serving.front.protocol import MAX_STOPS
 from serving.page.feedback import NAME as FEEDBACK
 from serving.vllm_backend.loras import Lora, lora, room
 from serving.vllm_backend.loras import beside as loras_beside
 
 LOG, FILES, COUNTS = "vllm.log", "vllm", "counts.json"  # in the record's folder; the last one in the second
-MIDDLEWARE = ("serving.page.page.PageOfEnvironment", "serving.vllm_backend.guard.Guard")  # the last one is outermost
+MIDDLEWARE = ("serving.vllm_backend.guard.Guard", "serving.page.page.PageOfEnvironment")  # the last one is outermost
 START = {  # the CPU build cannot run the `vllm` command, which asks for a distribution of that name
     "cuda": ("vllm.entrypoints.cli.main", "serve"),
     "cpu": ("vllm.entrypoints.openai.api_server",),
@@ -117,6 +119,10 @@ class VllmServer:
             command.append("--trust-remote-code")
         return [*command, "--disable-uvicorn-access-log", *config.vllm_args]
 
+    def names(self, model: str) -> list[str]:
+        """Of all that is served, the one that was asked for first: clients take the first. An adapter's base is the last."""
+        return sorted([*(lora.name for lora in self.loras), self.name], key=lambda name: name != model)
+
     def variables(self, files: Path, feedback: Path, model: str) -> dict[str, str]:
         """The child's environment: this process's, and what vLLM, the page and the guard read there."""
         import psutil
@@ -128,6 +134,9 @@ class VllmServer:
             "PYTHONPATH": str(CHECKOUT),  # for the page and the guard
             "PYTHONUNBUFFERED": "1",
             "ALETHEIA_MODEL": model,
+            "ALETHEIA_MODELS": json.dumps(self.names(model)),
+            "ALETHEIA_CONTEXT": str(self.context),
+            "VLLM_MAX_STOP_STRINGS": str(MAX_STOPS),  # else 4
             "ALETHEIA_FEEDBACK": str(feedback),
             "ALETHEIA_CONTRACT": self.chat.contract.sha256,
             "ALETHEIA_COUNTS": str(files / COUNTS),
@@ -138,7 +147,7 @@ class VllmServer:
             allowed = len(os.sched_getaffinity(0))
             threads = config.threads or min(psutil.cpu_count(logical=False) or allowed, allowed)
             variables = {"OMP_NUM_THREADS": str(threads)} | variables | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        if key := os.environ.get("ALETHEIA_API_KEY"):
+        if key := api_key():
             variables["VLLM_API_KEY"] = key
         return variables
 

@@ -68,6 +68,24 @@ def test_without_a_server_one_line_says_how_to_start_one(pipe: Pipe) -> None:
     assert re.fullmatch(r"error: http://127\.0\.0\.1:9/v1: no server answers; try `aletheia serve` .*\n", said.err)
 
 
+def test_an_address_needs_neither_its_scheme_nor_v1(pipe: Pipe, served: Serving) -> None:
+    for endpoint in (served.address, served.address.removeprefix("http://"), f"{served.address[7:]}v1"):
+        said = pipe("a lock?", endpoint=endpoint)
+        assert (said.code, said.out, said.err) == (0, "A lock.\n", "")
+
+
+def test_an_address_where_no_api_is_says_which_is_meant(pipe: Pipe, served: Serving) -> None:
+    said = pipe("a lock?", endpoint=f"{served.address}api")
+    assert (said.code, said.out) == (2, "")
+    assert said.err.endswith("shows no models here; try --endpoint http://HOST:PORT/v1\n") and said.err.count("\n") == 1
+
+
+def test_a_key_that_no_request_can_hold_is_one_line(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALETHEIA_API_KEY", "sch\u00fcssel")
+    said = pipe("a lock?")
+    assert (said.code, said.out, said.err.count("\n")) == (2, "", 1) and "error: ALETHEIA_API_KEY: " in said.err
+
+
 def test_nothing_to_ask_is_an_error(pipe: Pipe, served: Serving) -> None:
     before = len(served.script.asked)
     said = pipe(" \n")

@@ -57,8 +57,10 @@ def endpoint(address: str, monkeypatch: pytest.MonkeyPatch) -> Endpoint:
 
 def test_the_key_comes_from_the_environment_and_the_model_is_the_one_meant(endpoint: Endpoint, address: str) -> None:
     assert endpoint.model == "tuned"
-    assert Endpoint(address, ("another",)).model == "base"
+    with pytest.raises(UserError, match="serves base, tuned; none of them is another or EXP-2; try the --profile"):
+        Endpoint(address, ("another", "EXP-2"))
     assert endpoint.root == address.removesuffix("/v1")
+    assert Endpoint(address.removeprefix("http://").removesuffix("/v1")).root == endpoint.root
 
 
 @pytest.mark.parametrize("key", ["", "wrong"])

@@ -193,6 +193,14 @@ def test_an_open_address_without_a_key_is_told(
     assert (f"note: {host} is open to the network without an API key" in capfd.readouterr().err) == told
 
 
+def test_a_key_that_can_never_work_is_refused_before_it_starts(
+    trained: "Trained", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALETHEIA_API_KEY", "secret ")
+    with pytest.raises(UserError, match="ALETHEIA_API_KEY: holds a space at an end"):
+        Serve.prepare(trained.job(ANY_PORT))
+
+
 # ── which model ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -125,9 +125,21 @@ def test_a_completions_id_finds_its_prompt_and_one_that_nothing_tells_is_counted
     assert "no pair from 1 rating: nothing tells its prompt" in said.err
 
 
+def test_an_id_that_stands_beside_two_prompts_tells_neither(rate: Rate, make: Make, workspace: Workspace) -> None:
+    rate("Lock?", "An answer.", "up", completion_id="c1")
+    rate("Latch?", "An answer.", "up", completion_id="c1")
+    rate("", "Bad.", "down", completion_id="c1", messages=None, better="Good.")
+    rate("Gate?", "Poor.", "down", completion_id="c1", better="Rich.")
+    said = make()
+    assert pairs(workspace) == [("Gate?", "Rich.", "Poor.")]
+    assert f"{NAME}:3: `c1` is the completion of several prompts" in said.err
+    assert "no pair from 1 rating: its completion_id stands beside several prompts" in said.err
+
+
 def test_what_makes_no_right_row_is_named(rate: Rate, make: Make, workspace: Workspace) -> None:
     rate("Lock?", "Same.", "down", better=" Same. ")
-    rate("", "An answer.", "down", better="Another.", messages=[{"role": "user", "content": "a"}] * 2)
+    twice = feedback.Feedback("An answer.", "down", ({"role": "user", "content": "a"},) * 2, better="Another.")
+    feedback.append(workspace.experiments / RECORD / NAME, twice, "m", "")  # as before a server refused it
     rate("Latch?", "Poor.", "down", better="Rich.")
     said = make()
     assert pairs(workspace) == [("Latch?", "Rich.", "Poor.")]

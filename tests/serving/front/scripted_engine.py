@@ -41,6 +41,8 @@ class Scripted:
     pace: float = 0.0
     fails: Exception | None = None
     context: int = 2048
+    precision: str = "float32"
+    ended: str = "it was told to end"
     after: str | None = None  # what greedy decoding says after a prompt that is scored
     alive: bool = False
     running: int = 0

@@ -1,4 +1,4 @@
-"""The end of service: what runs is answered, new work is sent elsewhere, and it does not take for ever."""
+"""The end of service, and of a client that sends no whole request: what runs is answered, and nothing takes for ever."""
 
 import signal
 import socket
@@ -15,6 +15,7 @@ import uvicorn
 
 from pipeline.chat import Chat
 from pipeline.config import ServeConfig
+from serving.front import connection
 from serving.front.app import Usage, build_app
 from serving.front.drain import DrainingServer
 from tests.serving.front.scripted_engine import Scripted, unread
@@ -31,13 +32,22 @@ class Stage:
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that a client can fall behind
         self.listener.bind(("127.0.0.1", 0))
         self.address = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
+        options: Any = {"http": connection.Connection, "ws": "none", "timeout_graceful_shutdown": 1}
+        config = uvicorn.Config(app, log_level="warning", **options)
         self.gate = app.state.gate
-        self.server = DrainingServer(config, self.gate)
+        self.server = DrainingServer(config, self.gate, self.engine)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
 
     def signal(self) -> None:
         self.server.handle_exit(signal.SIGTERM, None)
+
+    def raw(self, *parts: bytes) -> bytes:
+        """What comes of these, sent one after the other, until the server hangs up."""
+        with socket.create_connection(self.listener.getsockname(), timeout=10) as client:
+            for part in parts:
+                client.sendall(part)
+                time.sleep(0.05)
+            return b"".join(iter(lambda: client.recv(65536), b""))
 
     def ask(self, stream: bool = False) -> httpx.Response:
         return httpx.post(f"{self.address}/v1/chat/completions", json=CHAT | {"stream": stream}, timeout=10)
@@ -126,3 +136,45 @@ def test_a_client_that_does_not_read_holds_neither_a_slot_nor_the_server(chat: C
             server.signal()
             server.thread.join(9)
             assert not server.thread.is_alive()
+
+
+def test_a_server_whose_engine_has_ended_ends_too_and_says_how(chat: Chat) -> None:
+    with stage(chat, drain_timeout=60) as (server, _):
+        assert httpx.get(f"{server.address}/health").status_code == 200 and server.thread.is_alive()
+        server.engine.ended, server.engine.alive = "killed", False
+        server.thread.join(5)
+        assert not server.thread.is_alive() and server.server.failure == "killed"
+
+
+# ── A request's head ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.mark.parametrize(
+    ("parts", "answers"),
+    [((), 0), ((GET, b"X: 1\r\n", b"Y: 1\r\n"), 0), ((GET + b"\r\n", GET), 1), ((GET + b"\r\n" + GET,), 1)],
+    ids=["none at all", "one that never ends", "the second one", "the second one, sent with the first"],
+)
+def test_who_sends_no_whole_head_is_sent_away(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, parts: tuple[bytes, ...], answers: int
+) -> None:
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT", 0.3)
+    with stage(chat) as (server, _):
+        server.server.config.timeout_keep_alive = 1
+        assert server.raw(*parts).count(b"HTTP/1.1 200 OK") == answers
+
+
+def test_a_slow_answer_is_not_a_slow_head(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT", 0.3)
+    with stage(chat, pace=0.05) as (server, _):
+        assert server.ask().json()["choices"][0]["message"]["content"] == WORDS
+
+
+def test_a_request_for_a_websocket_is_a_plain_one_and_asks_for_no_library(
+    chat: Chat, caplog: pytest.LogCaptureFixture
+) -> None:
+    with stage(chat) as (server, _):
+        asked = GET + b"Connection: Upgrade, close\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        assert b"HTTP/1.1 200 OK" in server.raw(asked)
+    assert "uvicorn[standard]" not in caplog.text

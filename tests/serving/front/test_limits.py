@@ -37,6 +37,7 @@ def test_places_are_counted_for_each_answer_and_come_back() -> None:
             assert (full.status, full.code, full.headers) == (429, "rate_limit_exceeded", {"Retry-After": "1"})
             with doors.request(1):
                 assert doors.waiting == 3
+                assert str(refused(doors, 1)).startswith("3 answers are generated or wait, of 3 that may")
         assert (doors.waiting, doors.open) == (0, 0)
         assert refused(doors, 4).status == 400, "that many could never be taken"
 

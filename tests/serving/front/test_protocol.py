@@ -91,7 +91,7 @@ def test_an_unknown_parameter_is_an_error_never_ignored(name: str) -> None:
 SUPPORTED_ONLY_AS_NOTHING = [
     ("presence_penalty", 0, 0.5), ("frequency_penalty", 0.0, -1), ("repetition_penalty", 1.0, 1.1), ("top_k", -1, 50),
     ("logit_bias", {}, {"5": 1}), ("ignore_eos", False, True), ("response_format", {"type": "text"}, {"type": "json_object"}),
-    ("tools", [], [{"type": "function"}]), ("min_tokens", 0, 5),
+    ("tools", [], [{"type": "function"}]), ("tool_choice", "none", "auto"), ("min_tokens", 0, 5),
 ]  # fmt: skip
 
 
@@ -171,6 +171,12 @@ def test_a_message_may_come_as_openais_clients_send_it(message: Any, role: str, 
 )
 def test_a_message_that_cannot_be_taken_is_refused_with_its_place(message: Any, param: str) -> None:
     assert refusal(ChatRequest, CHAT | {"messages": [message]})[:2] == (400, param)
+
+
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_a_blank_message_is_called_so(content: str) -> None:
+    messages = [{"role": "user", "content": content}]
+    assert refusal(ChatRequest, CHAT | {"messages": messages})[3] == "messages.0.content: is blank"
 
 
 @pytest.mark.parametrize(

@@ -103,9 +103,14 @@ def test_addresses_and_methods_that_are_not_there(shared: TestClient) -> None:
         assert ("allow" in response.headers) == (status == 405)
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/v1/models", "/v1/models/scripted"])
+def test_what_can_be_got_has_a_head(shared: TestClient, path: str) -> None:
+    assert shared.head(path).status_code == shared.get(path).status_code == 200
+
+
 def test_the_one_model_is_listed_and_found(shared: TestClient) -> None:
     [card] = shared.get("/v1/models").json()["data"]
-    assert (card["id"], card["max_model_len"]) == ("scripted", 2048)
+    assert (card["id"], card["max_model_len"], card["precision"]) == ("scripted", 2048, "float32")
     assert shared.get("/v1/models/scripted").json() == card
     assert shared.get("/v1/models/gpt/4").status_code == 404
 

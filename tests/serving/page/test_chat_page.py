@@ -5,6 +5,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -225,6 +226,22 @@ def test_a_name_of_another_site_reaches_nothing_on_loopback(app: Page, file: Pat
 )
 def test_loopbacks_own_names_do(app: Page, host: str) -> None:
     assert post(app, host=host).status == 201
+
+
+@pytest.mark.parametrize("name", ["0.0.0.0", "[::]", "its own"])
+def test_names_that_no_other_site_can_have_do_too(app: Page, name: str) -> None:
+    """So one opens a server on all interfaces."""
+    own = socket.gethostname() if name == "its own" else name
+    assert post(app, host=f"{own}:8000", server=("127.0.1.1", 8000)).status == 201
+    assert post(app, host=f"{own}.evil.example:8000").status == 403
+
+
+def test_a_body_whose_length_is_said_twice_is_refused_and_ends_the_connection(app: Page, file: Path) -> None:
+    for path in ("/v1/feedback", "/v1/chat/completions"):
+        lengths = ("content-length", "4"), ("transfer-encoding", "chunked")
+        response = ask(app, "POST", path, told(), JSON, *lengths)
+        assert response and (response.status, response.headers["connection"]) == (400, "close")
+    assert not file.exists()
 
 
 def test_any_name_does_with_a_key_or_from_the_network(app: Page, locked: Page) -> None:

@@ -59,6 +59,10 @@ def test_what_was_told_is_read_again_with_time_model_and_contract(tmp_path: Path
         ({"messages": [{"role": "user", "content": ["x"]}]}, "messages.0"),
         ({"messages": [*ASKED, {"role": "assistant", "content": "x"}]}, "messages"),
         ({"messages": ASKED * 501}, "messages"),
+        ({"messages": [{"role": "user", "content": " \n"}]}, "messages.0.content"),
+        ({"messages": [ASKED[1], ASKED[1]]}, "messages"),
+        ({"messages": [ASKED[1], *ASKED]}, "messages"),
+        ({"messages": [ASKED[0], {"role": "assistant", "content": "x"}, ASKED[1]]}, "messages"),
         ({"text": "x" * 20_001}, "text"),
         ({"model": "x" * 201}, "model"),
         ({"better": {}}, "better"),
@@ -78,6 +82,11 @@ def test_what_is_wrong_is_named(changes: dict[str, Any], part: str) -> None:
 def test_what_is_no_object_of_json_is_refused(body: bytes) -> None:
     with pytest.raises(Invalid):
         feedback.request(body)
+
+
+def test_a_conversation_of_several_turns_is_taken() -> None:
+    turns = [*ASKED, {"role": "assistant", "content": "A mutex."}, {"role": "user", "content": "And?"}]
+    assert [told(messages=m).messages for m in (turns, turns[1:])] == [tuple(turns), tuple(turns[1:])]
 
 
 def test_the_id_of_a_completion_may_stand_for_its_prompt() -> None:

@@ -140,6 +140,18 @@ def test_a_lost_adapter_is_seen_in_bfloat16_too(known: Known, served: Serving) -
     assert states(found)[3] is False
 
 
+def test_no_word_of_a_server_hides_the_base(known: Known) -> None:
+    """Neither a precision whose rounding is as wide as what training moved, nor one of which nothing is known here."""
+    narrow = replace(known.reference, moved=known.reference.noise["bfloat16"])
+    assert (known.reference.believed("bfloat16"), narrow.believed("bfloat16")) == ("bfloat16", None)
+    assert known.reference.believed("q4_k_m") == "q4_k_m"
+    moved = known.reference.moved
+    for differences, verdict in ([moved.mean / 10], "not compared"), ([moved.mean], "DIFFERS"):
+        found = Compared("x", known.reference.bound("q4_k_m"), moved)
+        found.judge(differences, "q4_k_m")
+        assert found.verdict == verdict, found
+
+
 # ── planted faults ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 

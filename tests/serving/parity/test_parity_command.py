@@ -12,9 +12,9 @@ from pipeline.errors import UserError
 from pipeline.records.find import records
 from serving.endpoint import Endpoint
 from serving.front.app import Usage, build_app
-from serving.parity.check import names
+from serving.parity.check import check_parity, names
 from serving.parity.compared import REMEDIES
-from serving.serve import servable
+from serving.serve import load_source, servable
 from serving.transformers_backend.engine import TransformersEngine
 from tests.serving.in_process import serving
 
@@ -57,6 +57,21 @@ def test_a_mismatch_is_a_table_and_one_line_that_says_what_to_do(
     last = said.err.splitlines()[-1]
     assert last.startswith(f"error: {address.removesuffix('/v1')}: log-probs differ by ")
     assert last.endswith(f"; try {REMEDIES['log-probs']}")
+
+
+def test_a_running_server_is_judged_by_the_precision_that_it_says(
+    trained: "Trained", capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    source, base, chat = servable(trained.job())
+    model = load_source(source, base).to(torch.bfloat16)
+    app = build_app(TransformersEngine(model, chat, 2048, 4), "small-merged", ServeConfig(), Usage())
+    with serving(app) as address:
+        (_, found), _ = check_parity(trained.job(), endpoint=address)
+        assert f"{address.removesuffix('/v1')} says that it computes in bfloat16" in capsys.readouterr().err
+    assert found.verdict == "equal" and found.bound and found.moved
+    assert found.bound.mean < found.moved.mean / 2, "a server of the base would be seen"
 
 
 @pytest.mark.parametrize(

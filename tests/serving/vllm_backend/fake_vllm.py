@@ -1,7 +1,7 @@
 """Stands where vLLM's environment would: the same command, variables, middleware, signals and log, and no model.
 
 `install(folder)` makes `folder/bin/python`, which runs this file. FAKE_VLLM says what goes wrong: `dies`, `never ready`,
-`crashes` (asked for no tokens) or `stubborn` (no signal but SIGKILL ends it).
+`crashes` (asked for ONE_TOO_MANY tokens) or `stubborn` (no signal but SIGKILL ends it).
 """
 
 import argparse
@@ -21,6 +21,7 @@ from pipeline.workspace import INSTALLED
 
 VERSION = "0.32.0"
 VLLM = ("serve_config.backend=vllm", "serve_config.port=0", "serve_config.drain_timeout=5.0")  # a job's
+ONE_TOO_MANY = 2049
 LAST_WORDS = """\
 (EngineCore pid=7) ERROR 11-21 10:00:00 [core.py:1]     raise ValueError(
 (EngineCore pid=7) ERROR 11-21 10:00:00 [core.py:1] ValueError: To serve at least one request, 9 GiB KV cache is needed
@@ -84,16 +85,12 @@ def serve(args: argparse.Namespace, how: str, engine: "subprocess.Popen[bytes]")
     async def health(_: Request) -> Any:
         return PlainTextResponse("")
 
-    async def models(_: Request) -> Any:
-        names = [args.served_model_name, *(module["name"] for module in args.lora_modules)]
-        return JSONResponse({"object": "list", "data": [{"id": name} for name in names]})
-
     async def chat(request: Request) -> Any:
         nonlocal generated
         wanted = (await request.json())["max_tokens"]
-        if how == "crashes" and wanted < 1:
+        if how == "crashes" and wanted == ONE_TOO_MANY:
             os.kill(os.getpid(), signal.SIGSEGV)
-        if wanted < 1:
+        if wanted == ONE_TOO_MANY:
             return JSONResponse({"error": {"message": "max_tokens"}}, status_code=400)
 
         async def events() -> Any:
@@ -112,7 +109,6 @@ def serve(args: argparse.Namespace, how: str, engine: "subprocess.Popen[bytes]")
     app = Starlette(
         routes=[
             Route("/health", health),
-            Route("/v1/models", models),
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/invocations", invocations, methods=["POST"]),
         ]

@@ -92,6 +92,8 @@ def test_an_adapter_is_served_unmerged_over_its_base_with_others_beside_it(
         {"name": trained.sft, "path": str(trained.output("sft"))},
     ]
     assert command[at + 3] == "--middleware" and "--enable-lora" in command
+    listed = server.variables(Path("x"), Path("f"), "small-dpo")["ALETHEIA_MODELS"]
+    assert json.loads(listed) == ["small-dpo", trained.sft, "tiny"], "clients take the first, and the base is the last"
     assert [taken.id for taken in Serve.prepare(job).inputs] == [trained.dpo, trained.sft]
 
 
@@ -103,6 +105,7 @@ def test_keys_and_switches_travel_by_environment(
     assert variables.items() >= {
         "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(CHECKOUT),
         "OMP_NUM_THREADS": "3", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "ALETHEIA_MODEL": "small-merged",
+        "ALETHEIA_MODELS": '["small-merged"]', "ALETHEIA_CONTEXT": "2048", "VLLM_MAX_STOP_STRINGS": "16",
         "ALETHEIA_CONTRACT": server.chat.contract.sha256, "ALETHEIA_FEEDBACK": "/record/feedback.jsonl",
     }.items()  # fmt: skip
     assert "VLLM_API_KEY" not in variables and variables["PATH"] == os.environ["PATH"]

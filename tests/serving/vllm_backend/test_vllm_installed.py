@@ -51,9 +51,11 @@ def log_probs(trained: "Trained") -> Callable[[str, list[int]], list[float]]:
 
 def test_the_models_are_the_adapter_named_those_beside_it_and_their_base(server: "Server", trained: "Trained") -> None:
     assert server.model == "small-dpo"
-    assert {model.id for model in server.client.models.list()} == {"tiny", "small-dpo", trained.sft}
+    assert [model.id for model in server.client.models.list()] == ["small-dpo", trained.sft, "tiny"]
     with pytest.raises(openai.NotFoundError):
         server.client.completions.create(model="gpt-4", prompt="a")
+    assert server.post("completions", json={"prompt": "a"}).status_code == 400  # vLLM's answer would be the base's
+    assert server.post("responses", json={"model": "small-dpo", "input": "a"}).status_code == 404
 
 
 def test_a_chat_is_rendered_as_in_training_and_streams_what_it_says_whole(
@@ -64,7 +66,13 @@ def test_a_chat_is_rendered_as_in_training_and_streams_what_it_says_whole(
     root = server.address.removesuffix("/v1")
     body = {"model": server.model, "messages": messages}
     assert httpx.post(f"{root}/tokenize", json=body, timeout=60).json()["tokens"] == prompt
-    ask: Any = {"model": server.model, "messages": messages, "max_tokens": 24, "temperature": 0}
+    ask: Any = {
+        "model": server.model,
+        "messages": messages,
+        "max_tokens": 24,
+        "temperature": 0,
+        "stop": ["\u2603"] * 16,
+    }
     whole = server.client.chat.completions.create(**ask)
     parts = server.client.chat.completions.create(**ask, stream=True)
     assert "".join(part.choices[0].delta.content or "" for part in parts) == whole.choices[0].message.content

@@ -5,7 +5,6 @@ import os
 import secrets
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from pipeline.workspace import Workspace
 from serving import child
 from serving.serve import Serve
 from tests.serving.processes import runs, until
-from tests.serving.vllm_backend.fake_vllm import VLLM
+from tests.serving.vllm_backend.fake_vllm import ONE_TOO_MANY, VLLM
 
 if TYPE_CHECKING:
     from tests.conftest import Trained
@@ -74,28 +73,41 @@ def engine_of(folder: Path) -> int:
     return int((folder / "engine.pid").read_text())
 
 
+def body(tokens: int = 2) -> dict[str, Any]:
+    return {"model": "small-merged", "max_tokens": tokens, "messages": [{"role": "user", "content": "q"}]}
+
+
 def post(address: str, path: str = "chat/completions", tokens: int = 2, **headers: str) -> httpx.Response:
-    return httpx.post(f"{address}/{path}", json={"max_tokens": tokens, "messages": []}, headers=headers, timeout=20)
+    return httpx.post(f"{address}/{path}", json=body(tokens), headers=headers, timeout=20)
 
 
 def test_a_server_answers_drains_on_sigterm_and_its_record_counts(
     served: Callable[..., tuple[Client, Facts]], copied: "Trained", capfd: pytest.CaptureFixture[str]
 ) -> None:
-    running: list[httpx.Response] = []
+    streamed: list[str] = []
+    begun = threading.Event()
+    late: list[threading.Thread] = []
+
+    def listen(address: str) -> None:
+        with httpx.stream("POST", f"{address}/chat/completions", json=body(30), timeout=20) as answer:
+            for line in answer.iter_lines():
+                streamed.append(line)
+                begun.set()
 
     def ask(address: str) -> list[int]:
-        late = threading.Thread(target=lambda: running.append(post(address, tokens=30)))
-        statuses = [post(address).status_code, post(address, tokens=0).status_code]
+        statuses = [post(address).status_code, post(address, tokens=ONE_TOO_MANY).status_code]
         statuses += [
             httpx.get(address.removesuffix("/v1") + path).status_code for path in ("/ready", "/", "/v1/models")
         ]
-        late.start()
-        time.sleep(0.2)  # it runs while SIGTERM comes
+        late.append(threading.Thread(target=listen, args=[address]))
+        late[0].start()
+        assert begun.wait(20)  # it runs while SIGTERM comes
         return statuses
 
     client, facts = served(ask)
     assert client.found == [200, 400, 200, 200, 200]
-    assert running[0].text.count("word") == 30 and "[DONE]" in running[0].text
+    late[0].join(20)
+    assert streamed.count("data: word") == 30 and "data: [DONE]" in streamed
     assert (facts.status, facts.results.pop("address")[:17]) == ("complete", "http://127.0.0.1:")
     assert facts.results == {
         "model": "small-merged", "backend": "vllm", "version": "0.32.0", "reason": "asked for, its CPU build",
@@ -124,11 +136,12 @@ def test_ctrl_c_is_as_good_and_a_key_is_asked_for_everywhere_and_stands_nowhere(
             post(root, "invocations").status_code,
             httpx.get(f"{root}/health").status_code,
             post(address, **known).status_code,
+            post(root, "invocations", **known).status_code,
             httpx.post(f"{address}/feedback", json=rating, headers=known).status_code,
         ]
 
     client, facts = served(ask, how=signal.SIGINT)
-    assert client.found == [401, 401, 200, 200, 201] and facts.status == "complete"
+    assert client.found == [401, 401, 200, 200, 404, 201] and facts.status == "complete"
     folder = next(path for path in copied.workspace.experiments.glob("EXP-*") if (path / "engine.pid").exists())
     kept = json.loads((folder / "feedback.jsonl").read_text())
     assert (kept["model"], kept["contract"]) == ("small-merged", facts.data["contract"])
@@ -154,7 +167,7 @@ def test_its_death_fails_the_stage_with_the_line_of_its_log_that_says_why(
     def ask(address: str) -> None:
         post(address)
         with pytest.raises(httpx.TransportError):
-            post(address, tokens=0)
+            post(address, tokens=ONE_TOO_MANY)
 
     client = Client(copied.workspace, ask, signal.SIGTERM)
     monkeypatch.setattr(client, "how", 0)  # nobody asks it to stop
