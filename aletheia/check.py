@@ -19,8 +19,8 @@ def gradients(as_json: JsonOption = False) -> None:
     Example:  aletheia check gradients
     """
     from pipeline.errors import StageFailed
-    from pipeline.gradient_check import TOLERANCE, check_gradients
     from pipeline.quiet import quiet
+    from pipeline.train.gradient_check import TOLERANCE, check_gradients
 
     quiet()
     found = check_gradients()

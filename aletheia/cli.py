@@ -58,7 +58,7 @@ def _root(context: typer.Context) -> None:
     Example:  aletheia sft --profile tiny && aletheia dpo --profile tiny
     Errors are one line; add --debug for the traceback.
     """
-    from pipeline.ranks import refuse, several
+    from pipeline.train.ranks import refuse, several
 
     if several() and context.invoked_subcommand not in ("sft", "dpo"):
         refuse(f"{context.invoked_subcommand} runs in one process", "the command without torchrun")

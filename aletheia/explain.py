@@ -25,12 +25,12 @@ def explain(job: Job, as_json: bool) -> None:
 
 def _follows(job: Job) -> Iterator[tuple[str, str]]:
     """A stage whose rows or base are not there is said to be unknown, and the rest is shown."""
-    from pipeline.fit import Lengths
-    from pipeline.footprint import Shape
     from pipeline.model import read_config
-    from pipeline.plan import orders
-    from pipeline.preflight import predict, schedule
     from pipeline.quiet import quiet
+    from pipeline.train.fit import Lengths
+    from pipeline.train.footprint import Shape
+    from pipeline.train.plan import orders
+    from pipeline.train.preflight import predict, schedule
 
     quiet()
     shape, unknown = None, ""

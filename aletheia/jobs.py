@@ -4,8 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.profile import load_profile
-from pipeline.ranks import join
 from pipeline.stage import Job, dry_run, run_stage
+from pipeline.train.ranks import join
 from pipeline.workspace import Workspace
 
 

@@ -177,7 +177,7 @@ def draw(path: Path, results: Sequence[Result], names: Mapping[str, str]) -> Non
     """A panel a measure, a bar a contestant (its median), a dot a run."""
     from matplotlib.figure import Figure
 
-    from pipeline.curves import BLUE, GREY
+    from pipeline.train.curves import BLUE, GREY
 
     panels = [
         (task, title, measure, unit)

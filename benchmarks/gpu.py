@@ -38,7 +38,7 @@ import torch
 from benchmarks.gpu_rows import SHAPES, flops, make_rows, matmul_rate
 from benchmarks.gpu_training import PEER_ROWS, WARM_UP, Run, Steps, Training
 from pipeline.encoded import Encoded
-from pipeline.passes import size
+from pipeline.train.passes import size
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
 

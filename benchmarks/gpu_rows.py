@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.encoded import Encoded
-from pipeline.passes import Row, supervised
+from pipeline.train.passes import Row, supervised
 
 
 @dataclass(frozen=True)

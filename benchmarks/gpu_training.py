@@ -21,9 +21,9 @@ from torch.utils.data import SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.gpu_rows import Shape, columns, padded
-from pipeline import attention
-from pipeline.head import sequence_sums, token_log_probs
-from pipeline.passes import Pass, Row, lay, supervised
+from pipeline.train import attention
+from pipeline.train.head import sequence_sums, token_log_probs
+from pipeline.train.passes import Pass, Row, lay, supervised
 
 BETA, RATE, WARM_UP = 0.1, 2e-4, 1  # WARM_UP: steps that are not counted
 PEER_ROWS = 2  # a forward pass of a peer's
@@ -95,7 +95,7 @@ class Training:
             torch.cuda.reset_peak_memory_stats()
 
     def ours(self, base: Any, steps: Steps, pass_tokens: int, checkpointing: bool) -> Run:
-        """The passes of `pipeline.trainer`, without the trainer. DPO's reference is the policy before its first step."""
+        """The passes of `pipeline.train.trainer`, without the trainer. DPO's reference is the policy before its first step."""
         attention.install(base)
         if checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})

@@ -227,7 +227,7 @@ def _write_record(root: Path, base: Path, adapter: Path) -> None:
 
 
 def parameters(root: Path) -> int:
-    from pipeline.shards import tensors
+    from pipeline.merging.shards import tensors
 
     return sum(tensor.end - tensor.start for tensor in tensors(root / "base").values()) // 2
 
@@ -259,7 +259,7 @@ def differences(ours: Path, theirs: Path) -> list[str]:
     """peft sums in float32 and rounds once too, in another order: now and then an element is a unit off."""
     import torch
 
-    from pipeline.shards import same_bytes, tensors
+    from pipeline.merging.shards import same_bytes, tensors
 
     mine, other = tensors(ours), tensors(theirs)
     if mine.keys() != other.keys():

@@ -5,15 +5,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from eval import benchmarks
-from pipeline import heldout
 from pipeline.chat import Chat, Encoded
 from pipeline.config import EvalConfig
 from pipeline.data.rows import Conversation, Message, PreferencePair, Question
+from pipeline.train import heldout
 from serving.engine import Answer, Sampling
 from serving.transformers_backend.engine import generate_all
 
 if TYPE_CHECKING:
-    from pipeline.trainer import Execution
+    from pipeline.train.trainer import Execution
 
 
 @dataclass
@@ -58,8 +58,8 @@ def measure(model: Any, chat: Chat, items: Items, config: EvalConfig, label: str
 
 def _passes(model: Any, sequences: Sequence[Encoded], chat: Chat, config: EvalConfig) -> "Execution":
     """Padded: nothing has shown that this model can be packed, and generation wants its attention as it is."""
-    from pipeline.packing import one_row_a_pass
-    from pipeline.trainer import Execution
+    from pipeline.train.packing import one_row_a_pass
+    from pipeline.train.trainer import Execution
 
     alone = one_row_a_pass(model, sequences)
     longest = max(len(sequence.ids) for sequence in sequences)

@@ -4,9 +4,9 @@
     aletheia dpo --from base           straight on the base, when asked for
 
 Reads the pairs of `training_data.dpo` and the newest SFT adapter. The policy starts as that adapter, and its own log-probs
-before the first step are the reference; `pipeline.reference` checks this: the policy's tensors are the SFT adapter's, the
+before the first step are the reference; `pipeline.train.reference` checks this: the policy's tensors are the SFT adapter's, the
 loss is ln 2, every margin is 0, and the reference is not the base. Writes `checkpoints/EXP-…/adapter`, one adapter on the
-base, and the link `<name>-dpo`. (Rafailov et al. 2023, arXiv 2305.18290; other losses: `pipeline.preference`.)
+base, and the link `<name>-dpo`. (Rafailov et al. 2023, arXiv 2305.18290; other losses: `pipeline.train.preference`.)
 """
 
 from collections.abc import Sequence
@@ -15,21 +15,22 @@ from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pipeline import conflicts, heldout, imports, preflight, statistics
+from pipeline import imports, statistics
 from pipeline.chat import Chat, Encoded
 from pipeline.data.rows import PreferencePair
-from pipeline.fit import Lengths
 from pipeline.model import Base, check_trained_on, find_base, say_other_quantization
-from pipeline.plan import orders
-from pipeline.preflight import Prediction
 from pipeline.progress import say
 from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Input
 from pipeline.stage import Job, Source, take
+from pipeline.train import conflicts, heldout, preflight
+from pipeline.train.fit import Lengths
+from pipeline.train.plan import orders
+from pipeline.train.preflight import Prediction
 from pipeline.training_data import TrainingRows, check_context, encoded, read, say_what_the_other_holds_out
 
 if TYPE_CHECKING:
-    from pipeline.preference import PairSums
+    from pipeline.train.preference import PairSums
 
 Sides = tuple[Encoded, Encoded]  # prompt + chosen, prompt + rejected
 
@@ -76,10 +77,10 @@ class Dpo:
     def run(self, record: Record) -> None:
         if self.job.own_process:
             imports.leave_out_unused(self.base)
-        from pipeline import adapter, reference, training
-        from pipeline.kto import ReferencePoint, mismatched
-        from pipeline.objective import PreferenceLoss, domain_weights
-        from pipeline.preference import held_out_figures
+        from pipeline.train import adapter, reference, training
+        from pipeline.train.kto import ReferencePoint, mismatched
+        from pipeline.train.objective import PreferenceLoss, domain_weights
+        from pipeline.train.preference import held_out_figures
 
         config, job = self.job.config.dpo_config, self.job
         kto = config.loss_type == "kto"
@@ -145,7 +146,7 @@ class Dpo:
         self, record: Record, ids: list[str], pairs: list[Sides], before: "list[PairSums]", after: "list[PairSums]"
     ) -> dict[str, Any]:
         """Implicit-reward accuracy: the share of held-out pairs whose margin rose. Length alone stands beside it."""
-        from pipeline.preference import PairLogProbs, accuracy, warnings
+        from pipeline.train.preference import PairLogProbs, accuracy, warnings
 
         config = self.job.config.dpo_config
         known = PairLogProbs.of(pairs, after, before)

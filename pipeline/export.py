@@ -18,16 +18,16 @@ from pipeline.chat import PROBES, Chat, Contract
 from pipeline.data.rows import Conversation, PreferencePair
 from pipeline.encoded import Encoded
 from pipeline.errors import StageFailed, UserError
-from pipeline.gguf import LlamaCpp, Reader, check_metadata, compute_threads
-from pipeline.gguf_loss import check_conversion, measure, table, widest
+from pipeline.merging.shards import size
 from pipeline.model import Base, find_base, load_model
 from pipeline.progress import say
 from pipeline.records import find
 from pipeline.records.find import artifacts
 from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Input
-from pipeline.shards import size
 from pipeline.stage import Job, Source, take
+from pipeline.to_gguf.llamacpp import LlamaCpp, Reader, check_metadata, compute_threads
+from pipeline.to_gguf.loss import check_conversion, measure, table, widest
 from pipeline.training_data import PARTS, recorded
 from pipeline.workspace import Workspace
 

@@ -5,9 +5,9 @@
     aletheia merge --profile tiny --resume        goes on with the files that an interrupted merge had finished
 
 Takes the newest adapter: DPO's, or SFT's where none or only an older DPO stands; those of `merge_config.adapters` are
-added to it, each at its own scale. What an adapter may be: `pipeline.lora`; the arithmetic: `pipeline.update`. Writes
+added to it, each at its own scale. What an adapter may be: `merging/lora.py`; the arithmetic: `merging/update.py`. Writes
 `checkpoints/EXP-…/model` with tokenizer, template, chat contract and a generation_config that stops at the end-of-turn;
-the link is `<name>-merged`. The receipt in the record (`pipeline.receipt`): every merged tensor read back and compared
+the link is `<name>-merged`. The receipt in the record (`merging/receipt.py`): every merged tensor read back and compared
 with base + adapters, every other tensor unchanged bit for bit, and the logits of real prompts against plain peft.
 
 Until all of it holds, the folder is `model.partial`; it gets its name in one step, once it is on the disk. Beside it
@@ -26,22 +26,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pipeline import imports, lora
+from pipeline import imports
 from pipeline.beside import beside
 from pipeline.chat import PROBES, Chat
 from pipeline.data.rows import Message, PreferencePair
 from pipeline.errors import StageFailed, UserError
-from pipeline.further import Taken, further, taken
+from pipeline.merging import lora
+from pipeline.merging.further import Taken, further, taken
+from pipeline.merging.receipt import Changed, check_logits, check_weights
+from pipeline.merging.shards import Journal, rewrite, shards, size, sync, tensors
+from pipeline.merging.update import Adapter, together
 from pipeline.model import Base, check_trained_on, find_base
 from pipeline.progress import Progress, say
-from pipeline.receipt import Changed, check_logits, check_weights
 from pipeline.records import find
 from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Artifact, Input
-from pipeline.shards import Journal, rewrite, shards, size, sync, tensors
 from pipeline.stage import Job, Source, take
 from pipeline.training_data import PARTS, recorded
-from pipeline.update import Adapter, together
 
 PROMPTS_CHECKED = 4
 TABLE = "modules.csv"  # beside the record: what each tensor changed by

@@ -13,11 +13,11 @@ from typing import Any
 
 from pipeline.chat import Chat, Contract
 from pipeline.errors import UserError
+from pipeline.merging.shards import shards, tensors
 from pipeline.profile import Profile
 from pipeline.progress import say
 from pipeline.quiet import no_weight_bars
 from pipeline.records.find import sha256
-from pipeline.shards import shards, tensors
 from pipeline.stage import Source
 from pipeline.workspace import Workspace
 

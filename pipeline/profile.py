@@ -17,9 +17,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from pipeline import conflicts, yamlio
+from pipeline import yamlio
 from pipeline.config import Profile as Config
 from pipeline.errors import UserError
+from pipeline.train import conflicts
 from pipeline.workspace import Workspace
 
 DEFAULT_PROFILE = "deepseek-coder-7b"

@@ -11,18 +11,19 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Self
 
-from pipeline import conflicts, heldout, imports, preflight, statistics
+from pipeline import imports, statistics
 from pipeline.chat import Chat, Encoded
 from pipeline.data.rows import Conversation
 from pipeline.data.split import shuffle_answers
-from pipeline.fit import Lengths
 from pipeline.model import Base, check_trained_on, find_base, say_other_quantization
-from pipeline.plan import difficulty_rank, orders
-from pipeline.preflight import Prediction
 from pipeline.progress import say
 from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Input
 from pipeline.stage import Job, Source, take
+from pipeline.train import conflicts, heldout, preflight
+from pipeline.train.fit import Lengths
+from pipeline.train.plan import difficulty_rank, orders
+from pipeline.train.preflight import Prediction
 from pipeline.training_data import TrainingRows, check_context, encoded, read, say_what_the_other_holds_out
 
 
@@ -73,9 +74,9 @@ class Sft:
     def run(self, record: Record) -> None:
         if self.job.own_process:
             imports.leave_out_unused(self.base)
-        from pipeline import adapter, training
-        from pipeline.objective import SupervisedLoss, domain_weights
-        from pipeline.passes import supervised
+        from pipeline.train import adapter, training
+        from pipeline.train.objective import SupervisedLoss, domain_weights
+        from pipeline.train.passes import supervised
 
         config, job = self.job.config.sft_config, self.job
         train_rows, held_out = self._encoded(record)

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
-from pipeline import checkpoints
 from pipeline.errors import UserError
 from pipeline.profile import Profile, as_assignments, load_profile
 from pipeline.progress import say
 from pipeline.quiet import quiet
-from pipeline.ranks import Ranks
 from pipeline.records import criteria, find
 from pipeline.records.file import RecordFile
 from pipeline.records.lifecycle import Record, liveness, open_record
 from pipeline.records.person import STAGES
 from pipeline.records.schema import Facts, Input
+from pipeline.train import checkpoints
+from pipeline.train.ranks import Ranks
 from pipeline.workspace import Workspace
 
 FEW_STEPS = 20  # fewer optimiser steps teach little

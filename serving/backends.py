@@ -51,7 +51,7 @@ class Choice:
     def version(self) -> str:
         """Of the library that computes."""
         if self.backend == "llamacpp":
-            from pipeline.gguf import LlamaCpp
+            from pipeline.to_gguf.llamacpp import LlamaCpp
 
             return LlamaCpp.required().version
         return self.environment.version if self.environment else version("transformers")

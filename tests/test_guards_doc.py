@@ -3,7 +3,7 @@
 import re
 from typing import get_args
 
-from pipeline.guards import Kind
+from pipeline.train.guards import Kind
 from pipeline.workspace import CHECKOUT
 
 TABLE = [line for line in (CHECKOUT / "docs" / "guards.md").read_text("utf-8").splitlines() if line.startswith("| ")][

@@ -18,13 +18,13 @@ from pipeline.data.read import read_rows
 from pipeline.data.rows import Conversation, MultipleChoice, PreferencePair, Question, Row, describe, row_hash
 from pipeline.data.split import sample
 from pipeline.errors import UserError
+from pipeline.merging.shards import shards, size
 from pipeline.progress import say
 from pipeline.records import find, items
 from pipeline.records.file import Reading, RecordFile
 from pipeline.records.ids import ID
 from pipeline.records.lifecycle import liveness
 from pipeline.records.schema import Facts, Input
-from pipeline.shards import shards, size
 from pipeline.training_data import UNFIT, TrainingRows, read
 from pipeline.workspace import Workspace
 

@@ -22,10 +22,18 @@ from typing import Any
 
 from pipeline.chat import Chat
 from pipeline.errors import StageFailed, UserError
-from pipeline.gguf import SETUP, LlamaCpp, Reader, ReaderFailed, check_metadata, clean_environment, compute_threads
 from pipeline.progress import say
 from pipeline.records import find
 from pipeline.stage import Job, Source
+from pipeline.to_gguf.llamacpp import (
+    SETUP,
+    LlamaCpp,
+    Reader,
+    ReaderFailed,
+    check_metadata,
+    clean_environment,
+    compute_threads,
+)
 from serving.child import Child
 from serving.engine import Answer, Sampling, TokenScore
 from serving.llamacpp_backend.folder import PrivateFolder

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bootstrap
-from pipeline.gguf import LlamaCpp, cpu_features, environment_folder
+from pipeline.to_gguf.llamacpp import LlamaCpp, cpu_features, environment_folder
 from pipeline.workspace import INSTALLED
 
 HERE = Path(__file__).parent

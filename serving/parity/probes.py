@@ -14,10 +14,10 @@ from pipeline.chat import Chat
 from pipeline.data.rows import AnyRow, Conversation, Message
 from pipeline.data.split import sample
 from pipeline.errors import UserError
+from pipeline.merging.shards import size
 from pipeline.model import Base
 from pipeline.progress import say, track
 from pipeline.records import find
-from pipeline.shards import size
 from pipeline.stage import Job, Source
 from pipeline.training_data import PARTS, recorded
 from serving.serve import load_source

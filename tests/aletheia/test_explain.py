@@ -88,8 +88,8 @@ def test_what_it_takes_is_predicted(aletheia: "Callable[..., Said]", workspace: 
 def test_what_cannot_fit_is_said_with_remedies(
     aletheia: "Callable[..., Said]", workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline import preflight
-    from pipeline.machine import Machine
+    from pipeline.train import preflight
+    from pipeline.train.machine import Machine
 
     monkeypatch.setattr(preflight, "this_machine", lambda device: Machine("cpu", "small", 700 * 10**6))
     _, follows = explained(aletheia, workspace, "sft_config.gradient_checkpointing=false")

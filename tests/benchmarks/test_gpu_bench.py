@@ -17,7 +17,7 @@ from benchmarks.gpu import Bench, Goal, Line
 from benchmarks.gpu_rows import SHAPES, Shape, columns, flops, make_rows
 from benchmarks.gpu_training import Run, Training
 from pipeline.encoded import Encoded
-from pipeline.passes import prompt_length, size, supervised
+from pipeline.train.passes import prompt_length, size, supervised
 from pipeline.workspace import CHECKOUT
 
 TINY = ["--shape", "tiny", "--device", "cpu", "--pairs", "1", "--steps", "1"]

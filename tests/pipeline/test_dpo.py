@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import adapter, reference
 from pipeline.chat import Encoded
 from pipeline.data.read import read_rows
 from pipeline.data.rows import PreferencePair
@@ -23,7 +22,8 @@ from pipeline.model import Base
 from pipeline.records.find import records
 from pipeline.records.lifecycle import Record
 from pipeline.stage import Job, run_stage
-from pipeline.trainer import StepTrainer
+from pipeline.train import adapter, reference
+from pipeline.train.trainer import StepTrainer
 from pipeline.training_data import read
 from pipeline.workspace import Workspace
 

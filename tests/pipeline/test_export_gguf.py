@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from pipeline.chat import CONTRACT_FILE, Chat
 from pipeline.errors import StageFailed, UserError
 from pipeline.export import Export, as_listed, choose_pre_tokenizer
-from pipeline.gguf import LlamaCpp, Reader, check_metadata, cpu_features
-from pipeline.gguf_loss import Loss, check_conversion, measure, table
 from pipeline.model import load_model
 from pipeline.records.file import RecordFile
 from pipeline.stage import run_stage
+from pipeline.to_gguf.llamacpp import LlamaCpp, Reader, check_metadata, cpu_features
+from pipeline.to_gguf.loss import Loss, check_conversion, measure, table
 from pipeline.workspace import INSTALLED
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def test_a_conversion_that_fails_leaves_nothing_that_looks_finished(environment:
         "class TextModel:\n    get_vocab_base_pre = _create_vocab_sentencepiece = None\n"
     )
     (tools / "gguf.py").write_text("class SpecialVocab:\n    add_to_gguf = None\n")
-    with pytest.raises(StageFailed, match=r"gguf_convert\.py failed: the disk is full"):
+    with pytest.raises(StageFailed, match=r"convert\.py failed: the disk is full"):
         run_stage(Export, copied.job())
     partial = [path for path in copied.workspace.checkpoints.rglob("*.gguf")]
     assert [path.parent.name for path in partial] == ["gguf.partial"]

@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import preflight
 from pipeline.chat import CONTRACT_FILE
 from pipeline.errors import StageFailed, UserError
 from pipeline.merge import Merge
+from pipeline.merging.update import LowRank
 from pipeline.model import Base, load_model
 from pipeline.records.find import artifacts, records, sha256
 from pipeline.sft import Sft
 from pipeline.stage import Job, run_stage
-from pipeline.update import LowRank
+from pipeline.train import preflight
 from pipeline.workspace import Workspace
 
 WEIGHTS = "model.safetensors"

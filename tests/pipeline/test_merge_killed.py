@@ -18,11 +18,11 @@ import pytest
 
 from pipeline.errors import Interrupted, StageFailed, UserError
 from pipeline.merge import Merge
+from pipeline.merging.shards import shards
 from pipeline.model import Base
 from pipeline.records import find
 from pipeline.records.find import artifacts, records
 from pipeline.records.lifecycle import liveness
-from pipeline.shards import shards
 from pipeline.stage import Job, run_stage
 
 SETTINGS = ("merge_config.check_logits=false",)
@@ -43,15 +43,15 @@ class Moment:
 
 # in the order of a merge, each run going on from where the one before was stopped
 MOMENTS = [
-    Moment("pipeline.shards._changed", nth=3),  # in the middle of the second file; of the first nothing changes
-    Moment("pipeline.shards.Journal.add"),  # it is on the disk, and nothing says so
+    Moment("pipeline.merging.shards._changed", nth=3),  # in the middle of the second file; of the first nothing changes
+    Moment("pipeline.merging.shards.Journal.add"),  # it is on the disk, and nothing says so
     Moment("os.replace", of="merge.json"),
     Moment("os.replace", of="merge.json", after=True),
-    Moment("pipeline.shards._changed", nth=2, by=signal.SIGTERM),
+    Moment("pipeline.merging.shards._changed", nth=2, by=signal.SIGTERM),
     Moment("a full disk"),
-    Moment("pipeline.shards.Journal.add", after=True),
+    Moment("pipeline.merging.shards.Journal.add", after=True),
     Moment("pipeline.merge.Merge._write_the_rest", after=True),
-    Moment("pipeline.receipt._compare", nth=5),
+    Moment("pipeline.merging.receipt._compare", nth=5),
     Moment("os.rename", of="/model"),
     Moment("os.rename", of="/model", after=True, named=True),
     Moment("pipeline.merge._put", after=True, by=signal.SIGTERM, named=True),
@@ -102,7 +102,7 @@ def end_at(moment: Moment) -> None:
 def run(job: Job, moment: Moment | None) -> int:
     """Its exit code: negative, the signal that ended it."""
     processes = multiprocessing.get_context("forkserver")  # what a child imports is imported once
-    processes.set_forkserver_preload(["pipeline.training", "pipeline.merge"])
+    processes.set_forkserver_preload(["pipeline.train.training", "pipeline.merge"])
     process = processes.Process(target=merge, args=(job, moment))
     process.start()
     process.join()
@@ -177,7 +177,7 @@ def test_killed_at_every_stage_of_it_nothing_looks_finished_and_resumed_it_is_th
 def test_files_of_another_adapter_or_arithmetic_or_that_changed_are_not_gone_on_with(
     in_shards: Callable[..., Job], trained_copy: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(in_shards(), Moment("pipeline.receipt._compare")) == -signal.SIGKILL
+    assert run(in_shards(), Moment("pipeline.merging.receipt._compare")) == -signal.SIGKILL
     file, _ = next(records(trained_copy.workspace))
     output = trained_copy.workspace.checkpoints / file.id
     number = len(json.loads((output / "merge.json").read_text())["files"])
@@ -188,7 +188,7 @@ def test_files_of_another_adapter_or_arithmetic_or_that_changed_are_not_gone_on_
 
     torn = sorted(output.glob("model.partial/*.safetensors"))[1]
     torn.write_bytes(torn.read_bytes()[:-1])
-    assert run(in_shards(resume=True), Moment("pipeline.receipt._compare")) == -signal.SIGKILL
+    assert run(in_shards(resume=True), Moment("pipeline.merging.receipt._compare")) == -signal.SIGKILL
     assert len(json.loads((output / "merge.json").read_text())["files"]) == number
     content = bytearray(torn.read_bytes())
     content[-1] ^= 1
@@ -198,7 +198,7 @@ def test_files_of_another_adapter_or_arithmetic_or_that_changed_are_not_gone_on_
     assert f"goes on with {number - 1} of {number} files, whole by their hashes" in capsys.readouterr().err
 
     # the adapter was made anew meanwhile
-    assert run(in_shards(), Moment("pipeline.receipt._compare")) == -signal.SIGKILL
+    assert run(in_shards(), Moment("pipeline.merging.receipt._compare")) == -signal.SIGKILL
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(trained_copy.output("sft") / name, trained_copy.output("dpo") / name)
     facts = trained_copy.record("dpo").facts()
@@ -213,7 +213,7 @@ def test_a_merge_that_its_receipt_refused_is_not_gone_on_with(
     in_shards: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its files are what the journal says, and wrong."""
-    from pipeline.update import LowRank
+    from pipeline.merging.update import LowRank
 
     honest = LowRank.merged
     monkeypatch.setattr(LowRank, "merged", lambda update, weight, arithmetic: 2 * honest(update, weight, arithmetic))

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from pipeline.dpo import Dpo
 from pipeline.errors import UserError
 from pipeline.merge import Merge
+from pipeline.merging.shards import INDEX, SINGLE, rewrite, shards, tensors
 from pipeline.model import Base, find_base
 from pipeline.records.find import sha256
 from pipeline.sft import Sft
-from pipeline.shards import INDEX, SINGLE, rewrite, shards, tensors
 from pipeline.stage import Job, run_stage
 from pipeline.workspace import CHECKOUT, Workspace
 

@@ -9,11 +9,11 @@ import pytest
 
 from pipeline.config import SftConfig
 from pipeline.errors import Interrupted, UserError
-from pipeline.plan import steps_in_all
 from pipeline.records.file import RecordFile
 from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Input
 from pipeline.stage import Job, dry_run, run_stage
+from pipeline.train.plan import steps_in_all
 from pipeline.workspace import Workspace
 
 MakeJob = Callable[..., Job]

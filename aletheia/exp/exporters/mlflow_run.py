@@ -6,7 +6,7 @@ The experiment is the profile, the run's name the record's id. Parameters: confi
 the ends of its interval as `….ci_low` and `….ci_high`, and under `log/` the curves by step; the log has no clock, so a
 curve's points carry the time at which the run ended. Artifacts: the record itself, its log, its pictures. A record that
 is there already is refused; with --force the earlier run is marked deleted, once the new one stands. So is, without
-asking, the one that a training wrote while it ran (`pipeline.trackers`).
+asking, the one that a training wrote while it ran (`pipeline.train.trackers`).
 """
 
 import json
@@ -22,7 +22,7 @@ from aletheia.exp.reading import flat
 from pipeline.errors import AletheiaError, UserError
 from pipeline.progress import say
 from pipeline.records.capture import redact
-from pipeline.trackers import (
+from pipeline.train.trackers import (
     MLFLOW_MAX_PARAM,
     MLFLOW_STATUS,
     NOT_IN_MLFLOW_NAMES,

@@ -14,7 +14,7 @@ from pipeline.config import Telemetry
 from pipeline.errors import UserError
 from pipeline.records.file import RecordFile
 from pipeline.records.lifecycle import Record, StopRequest
-from pipeline.telemetry import Telemetry as ShownLive
+from pipeline.train.telemetry import Telemetry as ShownLive
 from pipeline.workspace import Workspace
 
 EXP = "EXP-2026-01-01-001"
@@ -43,7 +43,7 @@ FACTS: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database with its tables and nothing in them: making them takes seconds."""
-    from pipeline.trackers import mlflow_client
+    from pipeline.train.trackers import mlflow_client
 
     path = tmp_path_factory.mktemp("mlflow") / "empty.db"
     mlflow_client(f"sqlite:///{path}").search_experiments()

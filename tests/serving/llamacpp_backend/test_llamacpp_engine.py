@@ -19,7 +19,7 @@ import torch
 from pipeline.chat import Chat
 from pipeline.data.rows import Message
 from pipeline.errors import StageFailed
-from pipeline.gguf import LlamaCpp
+from pipeline.to_gguf.llamacpp import LlamaCpp
 from pipeline.workspace import CHECKOUT
 from serving.engine import Answer, Sampling
 from serving.llamacpp_backend.engine import LlamaCppEngine, request, slots

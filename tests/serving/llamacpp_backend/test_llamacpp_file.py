@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipeline.errors import StageFailed, UserError
-from pipeline.gguf import cpu_features
 from pipeline.records import find
 from pipeline.records.lifecycle import open_record
 from pipeline.stage import Source, persons_half
+from pipeline.to_gguf.llamacpp import cpu_features
 from pipeline.workspace import INSTALLED
 from serving.llamacpp_backend.engine import find_gguf
 

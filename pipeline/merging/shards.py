@@ -1,0 +1,305 @@
+"""A model's weights on disk: the safetensors files it is made of, read and written a tensor at a time.
+
+Files are read, not mapped: what is mapped of a shard counts as this process's memory until the shard is closed.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+from pipeline.errors import UserError
+from pipeline.merging.safetensors_header import AGAIN, cut_off, entries, texts
+from pipeline.records.find import sha256
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' name: torch's
+CHUNK = 1 << 22  # bytes copied at once
+SYNCED = 1 << 24  # bytes written between two syncs
+
+
+class Memory:
+    """For one tensor at a time, until the next is read into it: fresh memory takes as long as the reading."""
+
+    def __init__(self) -> None:
+        self._bytes: Any = None
+
+    def take(self, length: int) -> Any:
+        import torch
+
+        if self._bytes is None or len(self._bytes) < length:
+            self._bytes = torch.empty(length, dtype=torch.uint8)
+        return self._bytes[:length]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: its dtype as safetensors names it, and its bytes from `start` to `end`."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    def read(self, memory: Memory | None = None) -> Any:
+        """The tensor, else in memory of its own. Floating point only; raises `UserError` where the file ends early."""
+        import torch
+
+        raw = (memory or Memory()).take(self.end - self.start)
+        with self.file.open("rb") as file:
+            file.seek(self.start)
+            if file.readinto(raw.numpy()) < len(raw):
+                raise cut_off(self.file)
+        return raw.view(getattr(torch, FLOATS[self.dtype])).reshape(self.shape)
+
+    def forget(self) -> None:
+        """Lets the system forget what it holds of it in memory, where it takes such advice."""
+        if hasattr(os, "posix_fadvise"):
+            with self.file.open("rb") as file:
+                os.posix_fadvise(file.fileno(), self.start, self.end - self.start, os.POSIX_FADV_DONTNEED)
+
+    def chunks(self, file: BinaryIO) -> Iterator[bytes]:
+        """Its bytes as they lie in `file`, of any dtype."""
+        file.seek(self.start)
+        for at in range(self.start, self.end, CHUNK):
+            chunk = file.read(min(CHUNK, self.end - at))
+            if len(chunk) < min(CHUNK, self.end - at):
+                raise cut_off(self.file)
+            yield chunk
+
+
+def stored(file: Path) -> dict[str, Stored]:
+    """Every tensor of a safetensors file, by name, in the order of their bytes.
+
+    Raises `UserError`, naming file and tensor, for what safetensors itself would not read.
+    """
+    return {entry.name: Stored(file, *entry) for entry in entries(file)}
+
+
+def shards(folder: Path) -> list[Path]:
+    """The weight files that `transformers` loads, and no other: `model.safetensors`, else those of the index, sorted.
+
+    Another precision's or format's, such as `model.fp16.safetensors` and `consolidated.safetensors`, may lie beside
+    them. Raises `UserError` where there is neither, or where `transformers` would load something else too.
+    """
+    where = str(folder)
+    if (folder / "adapter_config.json").is_file():
+        what = "holds adapter_config.json beside the model, which would be loaded with that adapter"
+        raise UserError(what, where=where, remedy="moving the adapter to a folder of its own")
+    if _named_elsewhere(folder / "config.json"):
+        what = "its config.json has `transformers_weights`, which is not followed here"
+        raise UserError(what, where=where, remedy=f"calling the file {SINGLE}")
+    if (index := index_of(folder)) is not None:
+        return _indexed(index)
+    if not (folder / SINGLE).is_file():
+        raise UserError(f"holds neither {SINGLE} nor {INDEX}", where=where, remedy="a model that transformers saved")
+    return [folder / SINGLE]
+
+
+def index_of(folder: Path) -> Path | None:
+    """The index that says which files the weights are in; None where they are in a single one, whatever it says."""
+    return folder / INDEX if (folder / INDEX).is_file() and not (folder / SINGLE).is_file() else None
+
+
+def _named_elsewhere(config: Path) -> bool:
+    try:
+        known = json.loads(config.read_text("utf-8"))
+    except (OSError, ValueError):  # transformers says what is wrong with it
+        return False
+    return isinstance(known, dict) and bool(known.get("transformers_weights"))
+
+
+def _indexed(index: Path) -> list[Path]:
+    """Raises `UserError` for an index that transformers would not read, and for one that names anything but files here."""
+    where = str(index)
+    try:
+        known = json.loads(index.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"is no JSON: {error}", where=where, remedy=AGAIN) from None
+    if not isinstance(known, dict) or not isinstance(known.get("metadata"), dict) or not known.get("weight_map"):
+        raise UserError("is no index: it has no `weight_map` or no `metadata`", where=where, remedy=AGAIN)
+    if not texts(known["weight_map"]):
+        raise UserError("its `weight_map` is not of tensors to files", where=where, remedy=AGAIN)
+    names = sorted(set(known["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors") or not name.isprintable():
+            what = f"names {name!r}, which is no safetensors file in its own folder"
+            raise UserError(what, where=where, remedy="moving the file beside it and naming it so")
+        if not (index.parent / name).is_file():
+            raise UserError(f"names {name}, which is not there", where=where, remedy=AGAIN)
+    return [index.parent / name for name in names]
+
+
+def size(folder: Path) -> int:
+    """Bytes of the weight files."""
+    return sum(shard.stat().st_size for shard in shards(folder))
+
+
+def tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the model, by name, sorted. Raises `UserError` for one that two files hold."""
+    found: dict[str, Stored] = {}
+    for shard in shards(folder):
+        for name, one in stored(shard).items():
+            if name in found:
+                what = f"{name!r} is in {found[name].file.name} and in {shard.name}"
+                raise UserError(what, where=str(folder), remedy=AGAIN)
+            found[name] = one
+    return dict(sorted(found.items()))
+
+
+def stored_dtypes(folder: Path) -> set[str]:
+    """As safetensors names them: F32, BF16."""
+    return {tensor.dtype for tensor in tensors(folder).values()}
+
+
+def same_bytes(one: Stored, other: Stored) -> bool:
+    """Unlike numbers, bytes are equal to themselves also where one is no number."""
+    with one.file.open("rb") as first, other.file.open("rb") as second:
+        return all(a == b for a, b in zip(one.chunks(first), other.chunks(second), strict=True))
+
+
+class Journal:
+    """Which files of a folder are whole, each by its SHA-256: a line is written once the file is on the disk.
+
+    `task` says what they are made of; a journal of another task counts as none.
+    """
+
+    def __init__(self, path: Path, task: str) -> None:
+        self.path, self.task = path, task
+        self.files: dict[str, str] = {}
+
+    def take_up(self, folder: Path) -> None:
+        """Takes over from an earlier journal the files that are still what it says."""
+        try:
+            known = json.loads(self.path.read_text("utf-8"))
+            listed = dict(known["files"]) if known["task"] == self.task else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            listed = {}
+        self.files = {n: d for n, d in listed.items() if (folder / n).is_file() and sha256(folder / n) == d}
+
+    def add(self, name: str, digest: str) -> None:
+        self.files[name] = digest
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        partial.write_text(json.dumps({"task": self.task, "files": self.files}, indent=1) + "\n", "utf-8")
+        sync(partial)
+        os.replace(partial, self.path)
+        sync(self.path.parent)
+
+    def forget(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+class Writer:
+    """A file written and hashed by a second thread, one piece behind; on the disk, and not in memory, when it is closed.
+
+    The page cache holds little of it at any time, so what is read back of it comes from the disk.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._digest, self._behind = path.open("wb"), hashlib.sha256(), 0
+        self._thread = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def write(self, values: Any) -> None:
+        """Bytes, which must not change any more. Raises what went wrong with those before."""
+        self._wait()
+        self._last = self._thread.submit(self._put, memoryview(values))
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        with self._file, self._thread:
+            if not kind:
+                self._wait()
+                self._sync()
+
+    def _wait(self) -> None:
+        try:
+            if self._last:
+                self._last.result()
+        except OSError as error:  # a full disk does not say which file
+            error.filename = error.filename or self._file.name
+            raise
+
+    def _put(self, values: memoryview) -> None:
+        for at in range(0, len(values), CHUNK):
+            chunk = values[at : at + CHUNK]
+            self._file.write(chunk)
+            self._digest.update(chunk)
+            self._behind += len(chunk)
+            if self._behind >= SYNCED:
+                self._sync()
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        _drop(self._file)
+        self._behind = 0
+
+
+def rewrite(
+    base: Path, folder: Path, changes: Mapping[str, Callable[[Any], Any]], journal: Journal | None = None
+) -> Iterator[str]:
+    """Writes every weight file of `base` into `folder`, the tensors named in `changes` as these give them; yields names.
+
+    Shapes and dtypes stay, so the files keep their headers; what is not changed is copied byte for byte. One tensor at a
+    time is in memory. A file is synced, then added to the journal; those in it already are not written again.
+    """
+    memory = Memory()
+    for shard in shards(base):
+        if journal and shard.name in journal.files:
+            yield from stored(shard)
+            continue
+        with shard.open("rb") as old, Writer(folder / shard.name) as new:
+            length = old.read(8)
+            new.write(length + old.read(int.from_bytes(length, "little")))
+            for name, tensor in stored(shard).items():
+                if name in changes:
+                    new.write(_changed(tensor, changes[name], memory))
+                else:
+                    for chunk in tensor.chunks(old):
+                        new.write(chunk)
+                yield name
+        if journal:
+            journal.add(shard.name, new.sha256)
+    if (index := index_of(base)) is not None:
+        (folder / INDEX).write_bytes(index.read_bytes())
+
+
+def _changed(tensor: Stored, change: Callable[[Any], Any], memory: Memory) -> Any:
+    """The bytes of a tensor's new values. Raises `ValueError` for other values than the header has room for."""
+    import torch
+
+    before = tensor.read(memory)
+    after = change(before)
+    if after.untyped_storage().data_ptr() == before.untyped_storage().data_ptr():
+        after = after.clone()  # the next is read into it, while this one is written
+    if (after.dtype, after.shape) != (before.dtype, before.shape):
+        raise ValueError(f"{tensor.name} would become {after.dtype} {tuple(after.shape)}")
+    return after.contiguous().flatten().view(torch.uint8).numpy()
+
+
+def _drop(file: BinaryIO) -> None:
+    """Lets the system forget what it holds of the file in memory, where it takes such advice."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def sync(path: Path) -> None:
+    """What was written to the file, or the folder's list of files, is on the disk after this."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,276 @@
+"""What an adapter makes of one tensor of its base: the arithmetic of a merge, and how far it may be off.
+
+    LoRA    W' = W + s·B·A, s = alpha / r             arXiv 2106.09685
+    rsLoRA  the same, s = alpha / sqrt(r)             arXiv 2312.03732
+    DoRA    W' = m · V / ‖V‖, V = W + s·B·A           arXiv 2402.09353; m and the norm: a value for each row of V
+                                                      (of an embedding, as peft has it: for each column)
+
+Several LoRAs on one weight add up. Beside them: a tensor that was trained whole, and single rows of an embedding.
+
+`float32` sums in float32 and rounds once to the weight's dtype. `peft` gives, bit for bit, what peft 0.21's
+`merge_and_unload` gives: it rounds after each adapter, on an embedding also each update before it is added, and takes
+DoRA's norm in float32.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from pipeline.errors import UserError
+from pipeline.merging.blocks import over_blocks
+
+Arithmetic = Literal["float32", "peft"]
+At = Callable[[slice], tuple[Any, Any]]
+UNIT = 2**-24  # unit roundoff of float32
+NOTHING = 1e-300  # where not even a last bit may differ
+
+
+class Update(Protocol):
+    """Of one tensor."""
+
+    @property
+    def kind(self) -> str: ...
+
+    def merged(self, weight: Any, arithmetic: Arithmetic = "float32") -> Any:
+        """`weight` with the adapter in it, of the same dtype. `weight` itself is not altered."""
+
+    def exact(self, weight: Any, arithmetic: Arithmetic = "float32") -> At:
+        """Gives, of rows, their values computed in a wider dtype and how far `merged` may be from each: all rounding."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One adapter's B·A, float32: A `(rank, in)`, B `(out, rank)`. Of an embedding: in its width, out its tokens."""
+
+    a: Any
+    b: Any
+    scale: float
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """LoRA of one weight `(out, in)`, of one adapter or several; DoRA, of one alone, has a magnitude beside."""
+
+    factors: tuple[Factor, ...]
+    magnitude: Any = None  # float32, `(out,)`; of an embedding `(in,)`
+    embedding: bool = False
+
+    @property
+    def kind(self) -> str:
+        return "embedding" if self.embedding else "linear"
+
+    def merged(self, weight: Any, arithmetic: Arithmetic = "float32") -> Any:
+        import torch
+
+        if arithmetic == "peft":
+            return self._as_peft(weight)
+        merged, by_column = torch.empty_like(weight), None
+        if self.magnitude is not None and self.embedding:
+            squares = over_blocks(weight, lambda rows: self._total(weight, rows).double().square_().sum(0))
+            by_column = (self.magnitude / sum(squares) ** 0.5).float()
+
+        def merge(rows: slice) -> None:
+            total = self._total(weight, rows)
+            if by_column is not None:
+                total.mul_(by_column)
+            elif self.magnitude is not None:
+                norm = torch.linalg.vector_norm(total, dim=1, dtype=torch.float64)
+                total.mul_((self.magnitude[rows] / norm).float()[:, None])
+            merged[rows] = total
+
+        over_blocks(weight, merge)
+        return merged
+
+    def _total(self, weight: Any, rows: slice) -> Any:
+        import torch
+
+        total = weight[rows].to(torch.float32, copy=True)
+        for factor in self.factors:
+            total.addmm_(factor.b[rows], factor.a, alpha=factor.scale)
+        return total
+
+    def _as_peft(self, weight: Any) -> Any:
+        """Products over whole matrices, in peft's order and memory layout, on which their last bits depend."""
+        import torch
+
+        for factor in self.factors:
+            delta = (factor.a.T @ factor.b.T).T if self.embedding else factor.b @ factor.a
+            delta = delta.mul_(factor.scale).to(torch.promote_types(delta.dtype, weight.dtype))
+            if self.magnitude is None:
+                delta = delta.to(weight.dtype) if self.embedding else delta
+                total = delta.add_(weight)
+            else:
+                norm = torch.linalg.norm(weight.T + delta.T if self.embedding else weight + delta, dim=1)
+                scale = self.magnitude / norm
+                total = delta.add_(weight).mul_(scale if self.embedding else scale[:, None])
+            weight = total.to(weight.dtype)
+        return weight
+
+    def exact(self, weight: Any, arithmetic: Arithmetic = "float32") -> At:
+        """The bound of a sum of rank + 1 products in float32 (Higham 2002, section 3.1), with |B|·|A| ≤ ‖B‖‖A‖.
+
+        In float64; a LoRA of 16-bit weights in float32, whose own error, as large, is added.
+        """
+        # of a norm: squares summed one after the other in float32; in float64 nothing that counts
+        squares = len(weight) if self.embedding else weight[:1].numel()
+        of_norm = ((squares / 2 if arithmetic == "peft" else 0) + 4) * UNIT
+        sums = self._sums(weight, arithmetic)
+        by_column = _norms(weight, sums) if self.magnitude is not None and self.embedding else None
+
+        def at(rows: slice) -> tuple[Any, Any]:
+            total, error = sums(rows)
+            if self.magnitude is not None:
+                magnitude = (self.magnitude if self.embedding else self.magnitude[rows, None]).double()
+                norm, off = by_column or (total.norm(dim=1, keepdim=True), error.norm(dim=1, keepdim=True))
+                factor = magnitude / norm
+                error.addcmul_(total.abs(), off / norm + of_norm).mul_(factor.abs())
+                total.mul_(factor)
+            return total, error.add_(rounding(total, weight))
+
+        return at
+
+    def _sums(self, weight: Any, arithmetic: Arithmetic) -> At:
+        """Of rows, W + Σ s·B·A, and how far the sum in float32 may be from it before its last rounding."""
+        import torch
+
+        narrow = weight.dtype.itemsize < 4 and self.magnitude is None
+        wide, sums = (torch.float32, 2) if narrow else (torch.float64, 1)
+        exact = [(f.a.to(wide), f.b.to(wide), f.scale) for f in self.factors]
+        known = [(a, b, scale, a.norm(dim=0), b.norm(dim=1)) for a, b, scale in exact]
+
+        def at(rows: slice) -> tuple[Any, Any]:
+            total, error = weight[rows].to(wide, copy=True), None
+            for a, b, scale, a_norm, b_norm in known:
+                if error is not None and arithmetic == "peft":  # what the adapter before was rounded to
+                    error.add_(rounding(total.abs().add_(error), weight))
+                share = sums * (len(a) + 4) * UNIT
+                of_sum = total.abs().addr_(b_norm[rows], a_norm, beta=share, alpha=share * abs(scale))
+                error = of_sum if error is None else error.add_(of_sum)
+                if arithmetic == "peft" and self.embedding and self.magnitude is None:
+                    error.add_(rounding(torch.mm(b[rows], a).mul_(scale), weight))
+                total.addmm_(b[rows], a, alpha=scale)
+            return total, error
+
+        return at
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A tensor that was trained whole: a module to save, a bias."""
+
+    tensor: Any
+    kind = "replaced"
+
+    def merged(self, weight: Any, arithmetic: Arithmetic = "float32") -> Any:
+        return self.tensor.to(weight.dtype, copy=True)
+
+    def exact(self, weight: Any, arithmetic: Arithmetic = "float32") -> At:
+        def at(rows: slice) -> tuple[Any, Any]:
+            new = self.tensor.reshape(weight.shape)[rows].double()  # a number alone comes as a row of one
+            return new, rounding(new, weight)
+
+        return at
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Single tokens' rows of an embedding or an output layer."""
+
+    tokens: Any  # int64
+    values: Any  # (tokens, width)
+    kind = "tokens"
+
+    def merged(self, weight: Any, arithmetic: Arithmetic = "float32") -> Any:
+        return weight.index_copy(0, self.tokens, self.values.to(weight.dtype))
+
+    def exact(self, weight: Any, arithmetic: Arithmetic = "float32") -> At:
+        """Every other row may be off by nothing."""
+        import torch
+
+        def at(rows: slice) -> tuple[Any, Any]:
+            new = weight[rows].to(torch.float64, copy=True)
+            error = torch.full_like(new, NOTHING)
+            inside = (self.tokens >= rows.start) & (self.tokens < rows.start + len(new))
+            tokens = self.tokens[inside] - rows.start
+            new[tokens] = self.values[inside].double()
+            error[tokens] = rounding(new[tokens], weight)
+            return new, error
+
+        return at
+
+
+@dataclass(frozen=True)
+class Change:
+    """Of one tensor: `load` reads the adapter's part of it. Only what adds up can be of several adapters."""
+
+    load: Callable[[], Update]
+    adds_up: bool = False
+
+
+class Updates(Mapping[str, Update]):
+    """By the name of the base's tensor; each is read when it is asked for, so that one at a time is in memory."""
+
+    def __init__(self, changes: dict[str, Change]) -> None:
+        self.changes = changes
+
+    def __getitem__(self, name: str) -> Update:
+        return self.changes[name].load()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.changes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.changes)
+
+    def __len__(self) -> int:
+        return len(self.changes)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The updates of a whole model, by the name of the base's tensor each belongs to."""
+
+    kind: str  # LoRA | rsLoRA | DoRA | rsLoRA and DoRA; of several, joined by +
+    updates: Mapping[str, Update]
+
+
+def together(adapters: Sequence[Adapter], where: Sequence[str]) -> Adapter:
+    """Several adapters as one that adds them up. Raises `UserError`, at its place in `where`, for one that does not."""
+    if len(adapters) == 1:
+        return adapters[0]
+    changes: dict[str, Change] = {}
+    for adapter, name in zip(adapters, where, strict=True):
+        if "DoRA" in adapter.kind:
+            raise UserError("is a DoRA, which adds up with no other adapter", where=name, remedy="merging it alone")
+        assert isinstance(adapter.updates, Updates)
+        for tensor, change in adapter.updates.changes.items():
+            if not change.adds_up:
+                raise UserError(
+                    f"replaces {tensor}, which adds up with no other", where=name, remedy="merging it alone"
+                )
+            changes[tensor] = _sum(changes[tensor], change) if tensor in changes else change
+    return Adapter(" + ".join(adapter.kind for adapter in adapters), Updates(changes))
+
+
+def _sum(one: Change, other: Change) -> Change:
+    def load() -> Update:
+        first, second = one.load(), other.load()
+        assert isinstance(first, LowRank) and isinstance(second, LowRank)
+        return LowRank(first.factors + second.factors, embedding=first.embedding)
+
+    return Change(load, adds_up=True)
+
+
+def _norms(weight: Any, sums: At) -> tuple[Any, Any]:
+    """‖V‖ of each column in float64, and how far that of the sum in float32 may be from it."""
+    found = over_blocks(weight, lambda rows: [one.square_().sum(0) for one in sums(rows)])
+    norm, off = (sum(squares) ** 0.5 for squares in zip(*found, strict=True))
+    return norm, off
+
+
+def rounding(values: Any, weight: Any) -> Any:
+    """Half a unit in the last place of the weight's dtype, also below its smallest normal number."""
+    import torch
+
+    limits = torch.finfo(weight.dtype)
+    return values.abs().mul_(limits.eps / 2).add_(limits.tiny * limits.eps / 2)
