@@ -59,6 +59,8 @@ def key_figures(facts: Facts) -> Iterator[str]:
         yield f"{task} {change['metric']} {_change(change)}"
     if "win_rate" in results:
         yield f"win-rate {_figure(results['win_rate'])}, the longer answer {_figure(results['win_rate']['longest_wins'])}"
+    if "technical" in results:
+        yield from _code(results["technical"])
     if "stops_by_itself" in results:
         lengths, stops = results["answer_tokens"], results["stops_by_itself"]
         yield (
@@ -74,6 +76,14 @@ def key_figures(facts: Facts) -> Iterator[str]:
             yield f"{kind} {found['bytes'] / 1e6:,.1f} MB, KL {_figure(found['kl'], '.4f')} nats a token"
     if "requests" in results:
         yield f"{results['requests']} requests, {results['completion_tokens']} tokens, {results['errors']} failed"
+
+
+def _code(technical: dict[str, Any]) -> Iterator[str]:
+    """Of both models; nothing where no answer could be judged."""
+    for what, name, said in (("parses", "code", "code parses"), ("passes", "tests", "tests passed")):
+        base, model = (technical[who][what].get(name) for who in ("base", "model"))
+        if base or model:
+            yield f"{said}: {' → '.join(_figure(figure) if figure else 'none' for figure in (base, model))}"
 
 
 def _change(change: dict[str, Any]) -> str:

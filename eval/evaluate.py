@@ -4,7 +4,8 @@
     aletheia eval heldout winrate --profile tiny
 
 `heldout`: loss, perplexity and preference accuracy on the rows that training held out. `benchmarks`: lm-eval-harness
-tasks. `winrate`: answers to open questions, compared by the simplest judge, which says how weak it is. One model is in
+tasks. `winrate`: answers to open questions, compared by the simplest judge, which says how weak it is; whether their code
+parses, and with `eval_config.run_code` passes its tests (`eval/technical.py`). One model is in
 memory at a time; every figure is paired item by item and carries its interval. What is compared is written item by item
 beside the record. `latency`, only when named: a server under load (`eval/latency.py`).
 
@@ -20,7 +21,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-from eval import judge, latency, winrate
+from eval import judge, latency, sandbox, technical, winrate
 from eval.measure import Items, Measurement, measure
 from pipeline import statistics
 from pipeline.chat import Chat
@@ -42,7 +43,7 @@ from serving.engine import Answer, Sampling
 from serving.parity.check import names
 from serving.parity.plain import compare_template
 from serving.parity.probes import Probe, Reference, held_out, make_probes, make_reference
-from serving.parity.served import compare
+from serving.parity.served import compare, said_precision
 from serving.serve import load_source, model_name, servable
 
 EVALUATIONS = ("heldout", "benchmarks", "winrate")  # when none is named
@@ -73,6 +74,8 @@ class Evaluate:
             prompts = [q.prompt for q in _questions(job)]
         if items.questions:
             say(f"win-rate: {winrate.planned_precision(len(items.questions))}")
+        if job.config.eval_config.run_code:
+            _check_tests(items.questions)
         url = job.config.eval_config.endpoint
         endpoint = Endpoint(url, names(job, source)) if url else None
         return cls(job, base, chat, source, items, endpoint, prompts, [source.input])
@@ -117,8 +120,9 @@ class Evaluate:
         if self.endpoint:
             stored = str(model.dtype).removeprefix("torch.")
             del model
-            reference = make_reference(scores, stored, self.source, self.base, self.chat, probes, set())
-            tuned.answers = self._served_answers(self.endpoint, reference, probes, results["parity"])
+            said = said_precision(self.endpoint)
+            reference = make_reference(scores, stored, self.source, self.base, self.chat, probes, {said})
+            tuned.answers = self._served_answers(self.endpoint, reference, said, probes, results["parity"])
 
         items.write_changes(record.folder, self._by_item(base, tuned))
         if self.items.conversations:
@@ -131,11 +135,16 @@ class Evaluate:
             results |= self._win_rate(record, base, tuned)
 
     def _served_answers(
-        self, endpoint: Endpoint, reference: Reference, probes: list[Probe], facts: dict[str, Any]
+        self,
+        endpoint: Endpoint,
+        reference: Reference,
+        precision: str | None,
+        probes: list[Probe],
+        facts: dict[str, Any],
     ) -> list[Answer]:
         """To the open questions. Raises `StageFailed` when it is another model that answers there."""
         config, label = self.job.config.eval_config, model_name(self.job, self.source)
-        served = compare(endpoint, endpoint.root, self.chat, probes, reference, None)
+        served = compare(endpoint, endpoint.root, self.chat, probes, reference, reference.believed(precision))
         facts["endpoint"] = served.as_record()
         if served.problem:
             what, remedy = served.problem
@@ -211,6 +220,7 @@ class Evaluate:
             for question, a, b, score in zip(self.items.questions, ours, theirs, result.scores, strict=True):
                 row = {"id": question.id, "prompt": question.prompt, "model": a, "base": b, "score": score}
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
+        code = self._code(record, ours, theirs)
         say(f"win-rate against the base {result.rate.text()}: {result.verdict}")
         say(f"  the judge is weak: {judge.WEAKNESS}; if the longer simply won: {result.longest_wins.text()}")
         if result.at_equal_length:
@@ -222,13 +232,30 @@ class Evaluate:
             "win_rate": _plain(result.rate) | {
                 "wins": result.wins, "ties": result.ties, "losses": result.losses,
                 "sign_test_p": round(result.p_value, 4), "judge": judge.NAME, "weakness": judge.WEAKNESS,
+                "students_t": _plain(result.students_t), "base_against_itself": _plain(result.against_itself),
                 "longest_wins": _plain(result.longest_wins),
                 "at_equal_length": _plain(result.at_equal_length) if result.at_equal_length else None,
                 "agrees_with_longest": _plain(result.agrees_with_longest) if result.agrees_with_longest else None,
             },
             "stops_by_itself": _plain(stops),
             "answer_tokens": _plain(lengths),
+            "technical": technical.plain(code),
         }  # fmt: skip
+
+    def _code(self, record: Record, ours: Sequence[str], theirs: Sequence[str]) -> dict[str, Any]:
+        """Whether the code in the answers parses, and where that is allowed passes its tests (`eval/technical.py`)."""
+        questions, run = self.items.questions, self.job.config.eval_config.run_code
+        model, base = (
+            [technical.inspect(question, answer, run) for question, answer in zip(questions, answers, strict=True)]
+            for answers in (ours, theirs)
+        )
+        with (record.folder / "technical.jsonl").open("w", encoding="utf-8") as out:
+            for question, a, b in zip(questions, model, base, strict=True):
+                row = {"id": question.id, "model": a.as_row(), "base": b.as_row()}
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+        results = technical.compare(model, base)
+        say(technical.told(results))
+        return results
 
 
 def _items(job: Job, source: Source, parts: tuple[str, ...] | list[str]) -> Items:
@@ -246,6 +273,16 @@ def _items(job: Job, source: Source, parts: tuple[str, ...] | list[str]) -> Item
         if len(items.questions) < len(questions):
             say(f"win-rate: {len(items.questions)} of {len(questions)} open questions (eval_config.questions)")
     return items
+
+
+def _check_tests(questions: Sequence[Question]) -> None:
+    """Raises `UserError` where there are tests, and nowhere to run them."""
+    tested = sum(technical.tests_of(question) is not None for question in questions)
+    if tested and (problem := sandbox.available()):
+        raise UserError(
+            f"no sandbox here: {problem}", where="eval_config.run_code", remedy="false: code is only parsed"
+        )
+    say(f"tests: {tested} of {len(questions)} open questions have some")
 
 
 def _questions(job: Job) -> list[Question]:
