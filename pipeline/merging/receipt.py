@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.errors import AletheiaError, StageFailed
 from pipeline.merging.blocks import over_blocks
-from pipeline.merging.shards import Memory, same_bytes, size, stored_dtypes, tensors
+from pipeline.merging.shards import OnDisk, same_bytes, size, stored_dtypes, tensors
 from pipeline.merging.update import Adapter, Arithmetic, LowRank, Update
 from pipeline.model import Base, load_model
 from pipeline.progress import Progress, say
@@ -72,14 +72,14 @@ def check_weights(
     before, after = tensors(base), tensors(merged)
     if before.keys() != after.keys():
         raise StageFailed("the merged model has other tensors than the base")
-    figures, of_old, of_new = Figures(), Memory(), Memory()
+    figures = Figures()
     with Progress("checking", len(before), "tensor") as progress:
         for name, old in before.items():
             new = after[name]
             if old.dtype != new.dtype or old.shape != new.shape:
                 raise StageFailed(f"{name} has another dtype or shape than the base's")
             if name in adapter.updates:
-                _compare(name, old.read(of_old), new.read(of_new), adapter.updates[name], arithmetic, figures)
+                _compare(name, OnDisk(old), OnDisk(new), adapter.updates[name], arithmetic, figures)
             elif not same_bytes(old, new):
                 raise StageFailed(f"{name} is not targeted by the adapter and changed")
             new.forget()
@@ -101,12 +101,12 @@ def check_weights(
 def _compare(name: str, old: Any, new: Any, update: Update, arithmetic: Arithmetic, figures: Figures) -> None:
     import torch
 
-    old, new = torch.atleast_1d(old), torch.atleast_1d(new)
     exact = update.exact(old, arithmetic)
 
-    def compare(rows: slice) -> tuple[float, float, float, float]:
-        expected, allowed = exact(rows)
-        was, off = old[rows].to(expected.dtype), new[rows].to(expected.dtype).sub_(expected)
+    def compare(rows: slice) -> tuple[float, float, float, float, bool]:
+        before, after = old[rows], new[rows]
+        expected, allowed = exact(rows, before)
+        was, off = before.to(expected.dtype), after.to(expected.dtype).sub_(expected)
         sums = _square(off), _square(expected.sub_(was)), _square(was)
         excess = off.abs_().div_(allowed).max().item()
         if excess != excess:
@@ -114,12 +114,12 @@ def _compare(name: str, old: Any, new: Any, update: Update, arithmetic: Arithmet
         if not excess <= 1:
             how = "" if arithmetic == "float32" else " in peft's arithmetic"
             raise StageFailed(f"{name} is {excess:.1f} × the rounding of {new.dtype}{how} away from base + adapter")
-        return *sums, excess
+        return *sums, excess, torch.equal(before, after)
 
     each = over_blocks(old, compare)
     rounding, change, weight = (sum(one[at] for one in each) for at in range(3))
-    worst = max(excess for *_, excess in each)
-    if isinstance(update, LowRank) and torch.equal(old, new):
+    worst = max((excess for *_, excess, _ in each), default=0.0)
+    if isinstance(update, LowRank) and all(same for *_, same in each):
         raise StageFailed(f"{name} is targeted by the adapter and did not change")
     figures.changed.append(
         Changed(name, update.kind, _ratio(change, weight), _ratio(rounding, change), round(worst, 4))

@@ -74,6 +74,39 @@ class Stored:
             yield chunk
 
 
+class OnDisk:
+    """Stands for a stored tensor of floating point where blocks of its rows are all that is asked for: each is read then.
+
+    A number alone is a row of one.
+    """
+
+    def __init__(self, stored: Stored) -> None:
+        import torch
+
+        self._stored = stored
+        self.dtype = getattr(torch, FLOATS[stored.dtype])
+        self.shape = torch.Size(stored.shape or (1,))
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def numel(self) -> int:
+        return int(self.shape.numel())
+
+    def __getitem__(self, rows: slice) -> Any:
+        """Raises `UserError` where the file ends early."""
+        import torch
+
+        first, last, _ = rows.indices(len(self))
+        each = (self._stored.end - self._stored.start) // max(1, len(self))
+        raw = torch.empty((last - first) * each, dtype=torch.uint8)
+        with self._stored.file.open("rb", buffering=0) as file:
+            file.seek(self._stored.start + first * each)
+            if (file.readinto(raw.numpy()) or 0) < len(raw):
+                raise cut_off(self._stored.file)
+        return raw.view(self.dtype).reshape(last - first, *self.shape[1:])
+
+
 def stored(file: Path) -> dict[str, Stored]:
     """Every tensor of a safetensors file, by name, in the order of their bytes.
 

@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.merging.blocks import over_blocks
 
 Arithmetic = Literal["float32", "peft"]
-At = Callable[[slice], tuple[Any, Any]]
+At = Callable[[slice, Any], tuple[Any, Any]]
 UNIT = 2**-24  # unit roundoff of float32
 NOTHING = 1e-300  # where not even a last bit may differ
 
@@ -35,7 +35,10 @@ class Update(Protocol):
         """`weight` with the adapter in it, of the same dtype. `weight` itself is not altered."""
 
     def exact(self, weight: Any, arithmetic: Arithmetic = "float32") -> At:
-        """Gives, of rows, their values computed in a wider dtype and how far `merged` may be from each: all rounding."""
+        """Gives, of rows and these rows of the weight, the values in a wider dtype and how far `merged` may be from each.
+
+        Of `weight` itself blocks of rows, dtype and shape are asked for.
+        """
 
 
 @dataclass(frozen=True)
@@ -112,13 +115,13 @@ class LowRank:
         In float64; a LoRA of 16-bit weights in float32, whose own error, as large, is added.
         """
         # of a norm: squares summed one after the other in float32; in float64 nothing that counts
-        squares = len(weight) if self.embedding else weight[:1].numel()
+        squares = len(weight) if self.embedding else weight.numel() // max(1, len(weight))
         of_norm = ((squares / 2 if arithmetic == "peft" else 0) + 4) * UNIT
         sums = self._sums(weight, arithmetic)
         by_column = _norms(weight, sums) if self.magnitude is not None and self.embedding else None
 
-        def at(rows: slice) -> tuple[Any, Any]:
-            total, error = sums(rows)
+        def at(rows: slice, block: Any) -> tuple[Any, Any]:
+            total, error = sums(rows, block)
             if self.magnitude is not None:
                 magnitude = (self.magnitude if self.embedding else self.magnitude[rows, None]).double()
                 norm, off = by_column or (total.norm(dim=1, keepdim=True), error.norm(dim=1, keepdim=True))
@@ -138,8 +141,8 @@ class LowRank:
         exact = [(f.a.to(wide), f.b.to(wide), f.scale) for f in self.factors]
         known = [(a, b, scale, a.norm(dim=0), b.norm(dim=1)) for a, b, scale in exact]
 
-        def at(rows: slice) -> tuple[Any, Any]:
-            total, error = weight[rows].to(wide, copy=True), None
+        def at(rows: slice, block: Any) -> tuple[Any, Any]:
+            total, error = block.to(wide, copy=True), None
             for a, b, scale, a_norm, b_norm in known:
                 if error is not None and arithmetic == "peft":  # what the adapter before was rounded to
                     error.add_(rounding(total.abs().add_(error), weight))
@@ -165,7 +168,7 @@ class Replacement:
         return self.tensor.to(weight.dtype, copy=True)
 
     def exact(self, weight: Any, arithmetic: Arithmetic = "float32") -> At:
-        def at(rows: slice) -> tuple[Any, Any]:
+        def at(rows: slice, block: Any) -> tuple[Any, Any]:
             new = self.tensor.reshape(weight.shape)[rows].double()  # a number alone comes as a row of one
             return new, rounding(new, weight)
 
@@ -187,8 +190,8 @@ class Rows:
         """Every other row may be off by nothing."""
         import torch
 
-        def at(rows: slice) -> tuple[Any, Any]:
-            new = weight[rows].to(torch.float64, copy=True)
+        def at(rows: slice, block: Any) -> tuple[Any, Any]:
+            new = block.to(torch.float64, copy=True)
             error = torch.full_like(new, NOTHING)
             inside = (self.tokens >= rows.start) & (self.tokens < rows.start + len(new))
             tokens = self.tokens[inside] - rows.start
@@ -263,7 +266,7 @@ def _sum(one: Change, other: Change) -> Change:
 
 def _norms(weight: Any, sums: At) -> tuple[Any, Any]:
     """‖V‖ of each column in float64, and how far that of the sum in float32 may be from it."""
-    found = over_blocks(weight, lambda rows: [one.square_().sum(0) for one in sums(rows)])
+    found = over_blocks(weight, lambda rows: [one.square_().sum(0) for one in sums(rows, weight[rows])])
     norm, off = (sum(squares) ** 0.5 for squares in zip(*found, strict=True))
     return norm, off
 
