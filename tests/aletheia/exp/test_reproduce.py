@@ -394,7 +394,7 @@ def trained_once(committed: Path, tmp_path_factory: pytest.TempPathFactory) -> T
     for name in ("pipeline/planted.py", "note.txt"):
         (checkout / name).unlink()
     git(checkout, "checkout", "-q", "--", ".")
-    (checkout / "pipeline" / "training.py").write_text("raise RuntimeError('not the code of then')\n")
+    (checkout / "pipeline" / "train" / "training.py").write_text("raise RuntimeError('not the code of then')\n")
     git(checkout, "commit", "-q", "-a", "-m", "now")
     return Training(Workspace(root), checkout, Path(out_text.strip()).stem)
 
