@@ -239,7 +239,7 @@ class Evaluate:
             },
             "stops_by_itself": _plain(stops),
             "answer_tokens": _plain(lengths),
-            "technical": technical.plain(code),
+            "technical": statistics.as_record(code),
         }  # fmt: skip
 
     def _code(self, record: Record, ours: Sequence[str], theirs: Sequence[str]) -> dict[str, Any]:

@@ -185,10 +185,3 @@ def told(results: dict[str, Any]) -> str:
         passes = f", {tests.text(digits=2)} pass their tests" if (tests := shares["passes"].get("tests")) else ""
         parts.append(f"{who}: {parses}{passes}, {shares['without_code']} without code, {shares['unscored']} unscored")
     return f"code in answers: {'; '.join(parts)}"
-
-
-def plain(value: Any) -> Any:
-    """Results as a record holds them."""
-    if isinstance(value, dict):
-        return {name: plain(inner) for name, inner in value.items()}
-    return value.model_dump(exclude_none=True) if isinstance(value, statistics.Figure | statistics.Change) else value

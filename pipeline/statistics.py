@@ -199,5 +199,11 @@ def _rounded(value: float, low: float, high: float, n: int) -> Figure:
 
 
 def as_record(results: dict[str, Any]) -> dict[str, Any]:
-    """Figures and changes as plain values for a record."""
-    return {k: v.model_dump(exclude_none=True) if isinstance(v, BaseModel) else v for k, v in results.items()}
+    """Figures and changes as plain values for a record, also those in mappings within."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return as_record(value)
+        return value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value
+
+    return {name: plain(value) for name, value in results.items()}

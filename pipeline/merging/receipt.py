@@ -85,7 +85,7 @@ def check_weights(
             new.forget()
             progress.advance()
     if figures.rounding_share > LOST:
-        say("note: rounding to the base's dtype is more than what the adapter changes: it is lost; serve it unmerged")
+        say("note: rounding to the base's dtype hides nearly all of what the adapter changes; serve it unmerged")
     elif figures.rounding_share > HIDDEN:
         say(f"note: rounding to the base's dtype hides {figures.rounding_share:.0%} of what the adapter changes")
     receipt = {

@@ -47,16 +47,22 @@ class Stored:
     start: int
     end: int
 
+    @property
+    def float_type(self) -> Any:
+        """torch's name of its dtype, one of FLOATS."""
+        import torch
+
+        return getattr(torch, FLOATS[self.dtype])
+
     def read(self, memory: Memory | None = None) -> Any:
         """The tensor, else in memory of its own. Floating point only; raises `UserError` where the file ends early."""
-        import torch
 
         raw = (memory or Memory()).take(self.end - self.start)
         with self.file.open("rb") as file:
             file.seek(self.start)
             if file.readinto(raw.numpy()) < len(raw):
                 raise cut_off(self.file)
-        return raw.view(getattr(torch, FLOATS[self.dtype])).reshape(self.shape)
+        return raw.view(self.float_type).reshape(self.shape)
 
     def forget(self) -> None:
         """Lets the system forget what it holds of it in memory, where it takes such advice."""
@@ -84,7 +90,7 @@ class OnDisk:
         import torch
 
         self._stored = stored
-        self.dtype = getattr(torch, FLOATS[stored.dtype])
+        self.dtype = stored.float_type
         self.shape = torch.Size(stored.shape or (1,))
 
     def __len__(self) -> int:

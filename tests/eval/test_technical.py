@@ -9,6 +9,7 @@ import pytest
 
 from eval import technical
 from eval.walls import landlock_abi
+from pipeline import statistics
 from pipeline.data.rows import Question
 from pipeline.errors import UserError
 from pipeline.gate.code import Block
@@ -100,7 +101,7 @@ def test_the_unit_is_the_answer_and_what_has_no_code_is_in_no_share() -> None:
         fenced("text", "a"),
         "```json\n{}",
     ]
-    shares = technical.plain(technical.share([technical.inspect(question(), answer, False) for answer in answers]))
+    shares = statistics.as_record(technical.share([technical.inspect(question(), answer, False) for answer in answers]))
     assert {name: (each["value"], each["n"]) for name, each in shares["parses"].items()} == {
         "code": (pytest.approx(2 / 3, abs=1e-6), 3), "python": (0.5, 2), "json": (1.0, 2),
     }  # fmt: skip

@@ -292,7 +292,7 @@ def test_an_update_that_rounding_hides_is_said(
     merged: Callable[..., Merged], capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = merged(torch.bfloat16)
-    for less, said in ((100, "hides "), (2000, "is more than what the adapter changes: it is lost")):
+    for less, said in ((100, "hides "), (2000, "hides nearly all of what the adapter changes; serve it unmerged")):
         small = each_factor(made.adapter, lambda factor, less=less: {"b": factor.b / less})
         made.write(small)
         assert (made.weights(small)["rounding_share_of_update"] > 0.9) == (less == 2000)

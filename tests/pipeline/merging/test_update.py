@@ -105,6 +105,20 @@ def test_an_element_in_a_hundred_that_is_a_unit_off_is_outside_the_bound(kind: s
     assert not (outside & (wrong == merged)).any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_how_many_cores_there_are_changes_no_bit_and_is_left_as_it_was(kind: str) -> None:
+    update, weight = made()[0][kind], made()[1].bfloat16()
+    before, found = torch.get_num_threads(), []
+    try:
+        for cores in (1, 3):
+            torch.set_num_threads(cores)
+            found.append(update.merged(weight))
+            assert torch.get_num_threads() == cores
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
 def test_a_sum_that_is_rounded_after_each_adapter_is_outside_the_bound_of_one_rounding() -> None:
     """Which is peft's way: its bound is wider, and said to be its own."""
     update, weight = made()[0]["two LoRAs"], made()[1].bfloat16()
