@@ -21,8 +21,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-from eval import judge, latency, sandbox, technical, winrate
+from eval import latency, technical
+from eval.judges import key_points
 from eval.measure import Items, Measurement, measure
+from eval.sandbox import sandbox
+from eval.winrate import win_rate
 from pipeline import statistics
 from pipeline.chat import Chat
 from pipeline.data import store
@@ -73,7 +76,7 @@ class Evaluate:
             latency.guidellm()
             prompts = [q.prompt for q in _questions(job)]
         if items.questions:
-            say(f"win-rate: {winrate.planned_precision(len(items.questions))}")
+            say(f"win-rate: {win_rate.planned_precision(len(items.questions))}")
         if job.config.eval_config.run_code:
             _check_tests(items.questions)
         url = job.config.eval_config.endpoint
@@ -211,7 +214,7 @@ class Evaluate:
     def _win_rate(self, record: Record, base: Measurement, tuned: Measurement) -> dict[str, Any]:
         decode = self.chat.tokenizer.decode
         ours, theirs = ([decode(a.tokens).strip() for a in m.answers] for m in (tuned, base))
-        result = winrate.win_rate(self.items.questions, ours, theirs)
+        result = win_rate.win_rate(self.items.questions, ours, theirs)
         before, after = ([float(a.finish_reason == "stop") for a in m.answers] for m in (base, tuned))
         stops = statistics.paired(before, after, shares=True)
         before, after = ([float(len(a.tokens)) for a in m.answers] for m in (base, tuned))
@@ -222,7 +225,7 @@ class Evaluate:
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
         code = self._code(record, ours, theirs)
         say(f"win-rate against the base {result.rate.text()}: {result.verdict}")
-        say(f"  the judge is weak: {judge.WEAKNESS}; if the longer simply won: {result.longest_wins.text()}")
+        say(f"  the judge is weak: {key_points.WEAKNESS}; if the longer simply won: {result.longest_wins.text()}")
         if result.at_equal_length:
             say(f"  were both answers equally long: {result.at_equal_length.text()}")
         tokens = f"{lengths.before.value:.0f} → {lengths.after.value:.0f} tokens long"
@@ -231,7 +234,7 @@ class Evaluate:
         return {
             "win_rate": _plain(result.rate) | {
                 "wins": result.wins, "ties": result.ties, "losses": result.losses,
-                "sign_test_p": round(result.p_value, 4), "judge": judge.NAME, "weakness": judge.WEAKNESS,
+                "sign_test_p": round(result.p_value, 4), "judge": key_points.NAME, "weakness": key_points.WEAKNESS,
                 "students_t": _plain(result.students_t), "base_against_itself": _plain(result.against_itself),
                 "longest_wins": _plain(result.longest_wins),
                 "at_equal_length": _plain(result.at_equal_length) if result.at_equal_length else None,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from eval import benchmarks
+from eval.benchmarks import harness
 from pipeline.chat import Chat, Encoded
 from pipeline.config import EvalConfig
 from pipeline.data.rows import Conversation, Message, PreferencePair, Question
@@ -33,7 +33,7 @@ class Measurement:
     losses: list[float] = field(default_factory=list)  # nats a token
     margins: list[float] = field(default_factory=list)  # log p(chosen) − log p(rejected), nats
     answers: list[Answer] = field(default_factory=list)
-    scores: dict[str, benchmarks.Scores] = field(default_factory=dict)
+    scores: dict[str, harness.Scores] = field(default_factory=dict)
 
 
 def measure(model: Any, chat: Chat, items: Items, config: EvalConfig, label: str) -> Measurement:
@@ -47,7 +47,7 @@ def measure(model: Any, chat: Chat, items: Items, config: EvalConfig, label: str
         log_probs = heldout.pair_log_probs(model, pairs, how, f"{label}: held-out pairs")
         result.margins = [chosen - rejected for chosen, rejected in log_probs]
     if items.tasks:
-        result.scores = benchmarks.run(model, chat, items.tasks, config, label)
+        result.scores = harness.run(model, chat, items.tasks, config, label)
     if items.questions:
         prompts = [chat.prompt([Message(role="user", content=q.prompt)]) for q in items.questions]
         result.answers = generate_all(

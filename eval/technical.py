@@ -8,7 +8,7 @@ where its language has no parser here, or the parser says nothing of it (a trans
 whose blocks are such is unscored, and one without a block has no code. Both are counted and in no share.
 
 A question's `tests` are Python: the answer's Python blocks, one after another, are a module whose names they see. An answer
-passes when they run to their end in the sandbox (`eval/sandbox.py`); no code, or too slow, is no pass. Tests find mistakes, not
+passes when they run to their end in the sandbox (`eval/sandbox/`); no code, or too slow, is no pass. Tests find mistakes, not
 malice: code can see that it is tested, and what the tests are.
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from eval import sandbox
+from eval.sandbox import sandbox
 from pipeline import statistics
 from pipeline.data.rows import Question
 from pipeline.errors import UserError

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from eval import technical
-from eval.walls import landlock_abi
+from eval.sandbox.walls import landlock_abi
 from pipeline import statistics
 from pipeline.data.rows import Question
 from pipeline.errors import UserError

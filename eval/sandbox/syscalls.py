@@ -2,7 +2,7 @@
 
 What is not named is refused: with EPERM, or, where the number is newer than any that this list could know, with ENOSYS, on
 which libraries fall back to older calls. Calls of another architecture (32-bit `int 0x80`) or of x32 kill the process.
-Calls marked ASK wait until the keeper (`eval/keeper.py`) has answered: those that make a process, a thread or a file are
+Calls marked ASK wait until the keeper (`eval/sandbox/keeper.py`) has answered: those that make a process, a thread or a file are
 counted, and signals go to the sandbox's own processes alone (seccomp_unotify(2)).
 
 A call is let through only where it can neither reach beyond the process, the files that Landlock allows and what it was

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval.sequential import ENOUGH, log_e_value, may_open, share_of_wins
+from eval.statistics.sequential import ENOUGH, log_e_value, may_open, share_of_wins
 
 RUNS, VOTES = 4000, 400
 

@@ -5,8 +5,8 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from eval import agreement
-from eval.agreement import alpha, on_decisive, positions, with_people
+from eval.statistics import agreement
+from eval.statistics.agreement import alpha, on_decisive, positions, with_people
 from pipeline.statistics import Figure, proportion
 
 # Krippendorff (2011), "Computing Krippendorff's Alpha-Reliability", examples A to C; a row an observer, a dot no vote

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from eval.benchmarks import run
+from eval.benchmarks.harness import run
 from pipeline.chat import Chat
 from pipeline.data.rows import Message
 from pipeline.errors import StageFailed, UserError

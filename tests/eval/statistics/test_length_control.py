@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from eval import length_control
-from eval.length_control import FEWEST, length_controlled
+from eval.statistics import length_control
+from eval.statistics.length_control import FEWEST, length_controlled
 
 
 @pytest.fixture(autouse=True)

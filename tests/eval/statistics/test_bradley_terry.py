@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from eval.bradley_terry import Ranking, Vote, rank
+from eval.statistics.bradley_terry import Ranking, Vote, rank
 from pipeline.statistics import Figure
 
 STRENGTHS = {"merged": 0.8, "dpo": 0.1, "sft": -0.2, "base": -0.7}

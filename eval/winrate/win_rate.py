@@ -9,9 +9,9 @@ equally long, and how the opponent's answers fare against themselves, where neit
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from eval import judge
-from eval.agreement import on_decisive
-from eval.length_control import length_controlled
+from eval.judges import key_points
+from eval.statistics.agreement import on_decisive
+from eval.statistics.length_control import length_controlled
 from pipeline import statistics
 from pipeline.data.rows import Question
 from pipeline.statistics import Figure
@@ -61,7 +61,7 @@ def win_rate(questions: Sequence[Question], answers: Sequence[str], opponents: S
     """Raises ValueError when the three do not belong together."""
     if not len(questions) == len(answers) == len(opponents):
         raise ValueError("one answer of each side to every question")
-    scores = [judge.compare(q, a, o) for q, a, o in zip(questions, answers, opponents, strict=True)]
+    scores = [key_points.compare(q, a, o) for q, a, o in zip(questions, answers, opponents, strict=True)]
     longest = [_longer(a, o) for a, o in zip(answers, opponents, strict=True)]
     wins, losses = scores.count(1.0), scores.count(0.0)
     return WinRate(
@@ -71,7 +71,9 @@ def win_rate(questions: Sequence[Question], answers: Sequence[str], opponents: S
         ties=len(scores) - wins - losses,
         losses=losses,
         p_value=statistics.sign_test(wins, losses),
-        against_itself=statistics.rate([judge.compare(q, o, o) for q, o in zip(questions, opponents, strict=True)]),
+        against_itself=statistics.rate(
+            [key_points.compare(q, o, o) for q, o in zip(questions, opponents, strict=True)]
+        ),
         longest_wins=statistics.rate(longest),
         at_equal_length=length_controlled(scores, [len(a) - len(o) for a, o in zip(answers, opponents, strict=True)]),
         agrees_with_longest=on_decisive(scores, longest),

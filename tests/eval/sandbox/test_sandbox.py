@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from eval import breakouts, keeper, sandbox, syscalls
-from eval.sandbox import MB, Limits, Outcome
-from eval.walls import landlock_abi
+from eval.sandbox import breakouts, keeper, sandbox, syscalls
+from eval.sandbox.sandbox import MB, Limits, Outcome
+from eval.sandbox.walls import landlock_abi
 from pipeline.errors import UserError
 from pipeline.workspace import CHECKOUT
 
@@ -161,7 +161,7 @@ kept = ctypes.create_string_buffer(code)
 libc = ctypes.CDLL(None)
 assert libc.prctl(38, 1, 0, 0, 0) == 0
 assert libc.prctl(22, 2, struct.pack("<HxxxxxxQ", 4, ctypes.addressof(kept)), 0, 0) == 0
-from eval import sandbox
+from eval.sandbox import sandbox
 from pipeline.errors import UserError
 print(sandbox.available())
 try:
@@ -367,7 +367,7 @@ def test_folders_that_are_deep_and_closed_are_removed_too() -> None:
     assert outcome.passed and not Path(outcome.stdout.split("/deep")[0]).exists()
 
 
-FAMILY = """from eval import sandbox
+FAMILY = """from eval.sandbox import sandbox
 how = sandbox.languages()["python"]
 text = "import os, time; os.fork(); os.fork(); os.fork(); time.sleep(1000)"
 sandbox._run(how, text, sandbox.Limits(wall=500.0), {}, None)

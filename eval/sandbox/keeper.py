@@ -20,8 +20,8 @@ import sys
 import time
 from typing import Any
 
-from eval import syscalls
-from eval.walls import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, NoWall, Walls, landlock_abi, prctl
+from eval.sandbox import syscalls
+from eval.sandbox.walls import PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG, NoWall, Walls, landlock_abi, prctl
 
 RECEIVE, SEND, NOTICE, CONTINUE = 0xC0502100, 0xC0182101, 80, 1  # SECCOMP_IOCTL_NOTIF_*, struct seccomp_notif, its flag
 HANDSHAKE_SECONDS = 10

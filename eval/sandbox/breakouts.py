@@ -1,6 +1,6 @@
 """What code in the sandbox tries in order to leave it: each attempt is Python that fails inside and would succeed outside.
 
-`eval.sandbox.available` makes every one of them before anything else runs. A name's first word is the wall that it tries.
+`eval.sandbox.sandbox.available` makes every one of them before anything else runs. A name's first word is the wall that it tries.
 They find `call` (a system call, which raises OSError), `secret` and `outside` (a file and a folder that it must not reach; a
 socket listens under the folder's name, in the abstract), `readable` (a file that it may read), `parent` (a process outside)
 and `most` (its limits).

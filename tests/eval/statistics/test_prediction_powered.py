@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from eval.prediction_powered import FEWEST, Corrected, corrected
+from eval.statistics.prediction_powered import FEWEST, Corrected, corrected
 from pipeline.statistics import Figure, rate
 
 TRUTH = 0.2 * 0.5 + 0.8 * 0.6  # a fifth of all ties, six of ten others won

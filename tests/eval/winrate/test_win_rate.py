@@ -4,8 +4,8 @@ from math import comb
 
 import pytest
 
-from eval import judge
-from eval.winrate import WinRate, planned_precision, win_rate
+from eval.judges import key_points
+from eval.winrate.win_rate import WinRate, planned_precision, win_rate
 from pipeline import statistics
 from pipeline.data.rows import Question
 
@@ -78,7 +78,7 @@ def test_a_judge_that_prefers_an_answer_to_itself_shows_nothing(monkeypatch: pyt
         "value": 0.5,
         "n": 13,
     }
-    monkeypatch.setattr(judge, "compare", lambda question, first, second: 1.0)
+    monkeypatch.setattr(key_points, "compare", lambda question, first, second: 1.0)
     result = rate(wins=12, losses=0)
     assert result.against_itself.value == 1.0
     assert result.verdict == "the judge prefers an answer to itself: nothing shown"

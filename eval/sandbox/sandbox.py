@@ -14,7 +14,7 @@
 | no privileges, old or new; no environment, no open files of ours | no_new_privs, capset, close_range |
 
 Linux 5.13 on x86-64, with Landlock and seccomp; no namespaces, no root, no cgroups: they hold in a container as on a laptop, and
-the same code ends the same way in both. `available` proves them first, by trying to get out (`eval/breakouts.py`).
+the same code ends the same way in both. `available` proves them first, by trying to get out (`eval/sandbox/breakouts.py`).
 
 What it does not hide: that a path exists, its size and times (stat); the kernel's version and host name; how busy the machine
 is. Changes of mode and times (chmod, utime) say that they succeed and do nothing. Against someone who has a fault of the kernel
@@ -42,7 +42,7 @@ from pipeline.errors import UserError
 
 MB = 2**20
 GRACE_SECONDS = 30  # for the keeper, after the program's own time is over
-_START = "import sys; sys.path.insert(0, {!r}); from eval.keeper import main; main()"
+_START = "import sys; sys.path.insert(0, {!r}); from eval.sandbox.keeper import main; main()"
 
 
 @dataclass(frozen=True)
@@ -134,14 +134,14 @@ def run(
 
 @functools.cache
 def available(abi: int | None = None) -> str | None:
-    """None where all walls stand: every attempt of `eval/breakouts.py` was made, and failed. Else what is missing, in a line."""
+    """None where all walls stand: every attempt of `breakouts.py` was made, and failed. Else what is missing, in a line."""
     if sys.platform != "linux" or platform.machine() != "x86_64" or sys.maxsize < 2**32:
         return f"it needs Linux on x86-64, and this is {platform.system()} on {platform.machine()}"
     return _prove(abi)
 
 
 def _prove(abi: int | None) -> str | None:
-    from eval import breakouts
+    from eval.sandbox import breakouts
 
     limits = Limits(memory=192 * MB, files=24, file_size=MB)
     with (
@@ -184,7 +184,7 @@ def _seen(folder: str) -> list[Any]:
 
 
 def _run(how: Language, text: str, limits: Limits, files: Mapping[str, str], abi: int | None) -> Outcome:
-    from eval.keeper import remove
+    from eval.sandbox.keeper import remove
 
     scratch = os.path.realpath(tempfile.mkdtemp(prefix="sandbox-"))
     job = {
@@ -203,14 +203,14 @@ def _run(how: Language, text: str, limits: Limits, files: Mapping[str, str], abi
 
 
 def _system() -> tuple[str, ...]:
-    from eval.walls import SYSTEM
+    from eval.sandbox.walls import SYSTEM
 
     return SYSTEM
 
 
 def _ask_keeper(job: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Its standard input stays open as long as we live: it ends everything when that is closed."""
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     keeper = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", _START.format(root)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={}, cwd="/", start_new_session=True,

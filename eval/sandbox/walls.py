@@ -3,7 +3,7 @@
     listener = Walls(…).stand()       # in a child, before it runs what is not trusted
 
 Order matters: limits, then no new privileges and no capabilities, then Landlock (landlock(7)) over all files, then the
-filter of system calls (`eval/syscalls.py`). All of it is inherited by every process that this one makes, and holds for root.
+filter of system calls (`syscalls.py`). All of it is inherited by every process that this one makes, and holds for root.
 Standard library alone: it runs in a bare Python.
 """
 
@@ -13,7 +13,7 @@ import resource
 import struct
 from dataclasses import dataclass
 
-from eval import syscalls
+from eval.sandbox import syscalls
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
 SECCOMP, CAPSET, LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 317, 126, 444, 445, 446  # x86-64
