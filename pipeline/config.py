@@ -5,9 +5,10 @@ typed values. `aletheia config explain` prints each one's effective value and wh
 """
 
 import re
-from typing import Annotated, Literal, Self
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -241,9 +242,56 @@ def _without_password(uri: str) -> str:
     return uri
 
 
+class EndpointJudge(Section):
+    endpoint: Annotated[str, AfterValidator(_without_password)] = Field(
+        description="URL of an OpenAI-compatible server whose model judges; its key: ALETHEIA_JUDGE_API_KEY"
+    )
+    model: str | None = Field(None, description="the model's name there; null: the only one it has")
+    price_in: Annotated[float, Field(ge=0)] | None = Field(None, description="of a million tokens read, in cost.currency")
+    price_out: Annotated[float, Field(ge=0)] | None = Field(None, description="of a million tokens written")
+    max_tokens: Positive = Field(1024, description="of a verdict with its reason; a model that thinks needs more")
+    temperature: Annotated[float, Field(ge=0, le=2)] = Field(0.0, description="of the verdicts")
+    concurrency: Positive = Field(8, description="requests at once")
+    timeout: Annotated[float, Field(gt=0)] = Field(120.0, description="seconds for a verdict")
+    retries: Annotated[int, Field(ge=0)] = Field(4, description="of a request that failed, waiting longer each time")
+
+
+class RewardModelJudge(Section):
+    reward_model: str = Field(description="folder of a sequence classifier with one label and a chat template")
+    tie_margin: Annotated[float, Field(ge=0)] = Field(0.0, description="rewards no further apart than this are a tie")
+
+
+def _judges(given: Any) -> Any:
+    """Each as what its keys say that it is. Raises ValueError with the first mistake as one sentence."""
+    if not isinstance(given, list) or not given:
+        raise ValueError("is a list of one judge or more: key_points, {endpoint: URL}, {reward_model: FOLDER}")
+    return [_judge(each, number) for number, each in enumerate(given, 1)]
+
+
+def _judge(given: Any, number: int) -> Any:
+    if given == "key_points" or isinstance(given, Section):
+        return given
+    kinds = {"endpoint": EndpointJudge, "reward_model": RewardModelJudge}
+    kind = next((kinds[name] for name in kinds if isinstance(given, dict) and name in given), None)
+    if kind is None:
+        raise ValueError(f"judge {number} is neither key_points, {{endpoint: URL}} nor {{reward_model: FOLDER}}")
+    try:
+        return kind.model_validate(given)
+    except ValidationError as failure:
+        error = failure.errors()[0]
+        key = ".".join(map(str, error["loc"]))
+        if error["type"] == "extra_forbidden":
+            near = get_close_matches(key, kind.model_fields, n=1) or list(kind.model_fields)
+            raise ValueError(f"judge {number} has no key `{key}`; try {' or '.join(near)}") from None
+        raise ValueError(f"judge {number}, {key}: {error['msg'].removeprefix('Value error, ')}") from None
+
+
 class EvalConfig(Section):
     tasks: list[str] = Field(["aletheia_choices"], description="lm-eval-harness tasks; own ones in <eval>/tasks")
     limit: Positive | None = Field(None, description="items of each task; null: all")
+    also: list[
+        Annotated[str, AfterValidator(_without_password), Field(pattern=r"^(sft|dpo|EXP-[\w-]+|https?://.+)$")]
+    ] = Field([], description="further contestants: sft or dpo of the lineage, an EXP-…, a server's URL#model")
     questions: Positive | None = Field(None, description="open questions answered for the win-rate; null: all")
     max_tokens: Positive = Field(512, description="tokens generated for a win-rate answer")
     temperature: Annotated[float, Field(ge=0, le=2)] = Field(0.0, description="of the win-rate answers; 0 is greedy")
@@ -251,6 +299,13 @@ class EvalConfig(Section):
     batch_size: Positive = Field(8, description="rows in one forward pass")
     run_code: bool = Field(
         False, description="run answers' Python against their questions' `tests`, in a sandbox (docs/sandbox.md)"
+    )
+    judges: Annotated[
+        list[EndpointJudge | RewardModelJudge | Literal["key_points"]], BeforeValidator(_judges)
+    ] = Field(
+        ["key_points"],
+        description="of the win-rate, the first one's is win_rate: key_points (weak), {endpoint: URL, model: NAME}, "
+        "{reward_model: FOLDER} (docs/judges.md)",
     )
     endpoint: Annotated[str, AfterValidator(_without_password)] | None = Field(
         None, description="URL of a running server that answers for the model: win-rate, latency; null: none is asked"

@@ -198,12 +198,8 @@ def _rounded(value: float, low: float, high: float, n: int) -> Figure:
     return Figure(value=round(value, 6), ci_low=round(low, 6), ci_high=round(high, 6), n=n)
 
 
-def as_record(results: dict[str, Any]) -> dict[str, Any]:
+def as_record(results: Any) -> Any:
     """Figures and changes as plain values for a record, also those in mappings within."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return as_record(value)
-        return value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value
-
-    return {name: plain(value) for name, value in results.items()}
+    if isinstance(results, dict):
+        return {name: as_record(value) for name, value in results.items()}
+    return results.model_dump(exclude_none=True) if isinstance(results, BaseModel) else results

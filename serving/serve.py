@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -190,9 +190,12 @@ class Serve:
         return TransformersEngine(model, self.chat, self.context, config.max_concurrent, config.kv_cache_gb)
 
 
-def servable(job: Job) -> tuple[Source, Base, Chat]:
-    """What can answer: a merged model or an adapter, its base, and the chat template, checked against the trained one."""
-    source = take(job, ["merge", "dpo", "sft"], "")
+def servable(job: Job, record: str | None = None) -> tuple[Source, Base, Chat]:
+    """What can answer: a merged model or an adapter, its base, and the chat template, checked against the trained one.
+
+    Of `record`, else of the job's source.
+    """
+    source = take(replace(job, source=record) if record else job, ["merge", "dpo", "sft"], "")
     source.output = source.output / ("model" if source.facts.stage == "merge" else "adapter")
     base = find_base(job.workspace, job.profile)
     from transformers import AutoTokenizer

@@ -18,7 +18,7 @@ from pipeline.errors import StageFailed, UserError
 from pipeline.records.file import RecordFile
 from pipeline.records.find import artifacts
 from pipeline.records.lifecycle import Record
-from pipeline.stage import run_stage
+from pipeline.stage import Job, run_stage
 
 if TYPE_CHECKING:
     from tests.conftest import Trained
@@ -62,6 +62,11 @@ def chat(trained: "Trained") -> Chat:
     from transformers import AutoTokenizer
 
     return Chat(AutoTokenizer.from_pretrained(trained.output("merge")), "merged")
+
+
+def rows_of(job: Job) -> dict[str, Sequence[Any]]:
+    (part,) = Evaluate.prepare(job).parts
+    return part.rows()
 
 
 def held_out(own: "Trained", path: str, kind: type[Row]) -> list[Any]:
@@ -161,10 +166,11 @@ def test_answers_are_kept_question_by_question(own: "Trained", record: Record) -
 
 
 def test_parts_can_be_asked_for_alone(own: "Trained") -> None:
-    items = Evaluate.prepare(own.job(parts=("winrate",))).items
-    assert (len(items.questions), items.conversations, items.pairs, items.tasks) == (QUESTIONS, (), (), ())
+    (part,) = Evaluate.prepare(own.job(parts=("winrate",))).parts
+    assert {name: len(rows) for name, rows in part.rows().items()} == {"questions": QUESTIONS}
     plan = dict(Evaluate.prepare(own.job(parts=("heldout",))).plan())
-    assert (plan["held out"], plan["benchmarks"]) == ("5 conversations, 5 pairs", "none")
+    assert plan["held out"] == "5 conversations, 5 pairs"
+    assert "benchmarks" not in plan
 
 
 # ── parity, and an endpoint ──────────────────────────────────────────────────────────────────────────────────────────
@@ -260,9 +266,7 @@ def test_held_out_rows_that_changed_since_are_taken_from_the_snapshot_of_the_tra
     before = held_out(copied, f"data/{kind}", shape)
     part = "conversations" if kind == "sft" else "pairs"
     _change(copied, kind, before[0], how)
-    assert {r.id: r for r in getattr(Evaluate.prepare(copied.job(parts=("heldout",))).items, part)} == {
-        r.id: r for r in before
-    }
+    assert {r.id: r for r in rows_of(copied.job(parts=("heldout",)))[part]} == {r.id: r for r in before}
 
 
 @pytest.mark.parametrize("how", ["edited", "removed"])
@@ -272,7 +276,7 @@ def test_without_the_snapshot_held_out_rows_that_changed_are_refused(
 ) -> None:
     for path in (copied.workspace.checkpoints / "data").iterdir():
         path.unlink()
-    assert Evaluate.prepare(copied.job(parts=("heldout",))).items, "as long as they are in their files"
+    assert rows_of(copied.job(parts=("heldout",))), "as long as they are in their files"
     _change(copied, kind, held_out(copied, f"data/{kind}", shape)[0], how)
     what = rf"data/{kind}: 1 of the 5 held_out rows of {getattr(copied, kind)} are gone or changed since"
     with pytest.raises(UserError, match=what):
@@ -292,15 +296,15 @@ def _change(copied: "Trained", kind: str, row: Row, how: str) -> None:
 
 @pytest.mark.parametrize("key", ["seed=2", "fraction=0.5", "strategy=random"])
 def test_another_split_in_the_profile_changes_nothing_of_what_was_held_out(trained: "Trained", key: str) -> None:
-    items = Evaluate.prepare(trained.job(f"training_data.validation.{key}", parts=("heldout",))).items
-    assert {row.id for row in items.conversations} == {r.id for r in held_out(trained, "data/sft", Conversation)}
+    rows = rows_of(trained.job(f"training_data.validation.{key}", parts=("heldout",)))
+    assert {row.id for row in rows["conversations"]} == {r.id for r in held_out(trained, "data/sft", Conversation)}
 
 
 def test_rows_in_another_order_are_the_same_rows(copied: "Trained") -> None:
     for path in copied.workspace.path("data").glob("[sd]*/*.jsonl"):
         rewrite(path, lambda rows: rows.reverse())
-    items = Evaluate.prepare(copied.job(parts=("heldout",))).items
-    assert (len(items.conversations), len(items.pairs)) == (5, 5)
+    rows = rows_of(copied.job(parts=("heldout",)))
+    assert (len(rows["conversations"]), len(rows["pairs"])) == (5, 5)
 
 
 def test_a_template_that_is_not_the_bases_is_refused(copied: "Trained") -> None:
