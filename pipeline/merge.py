@@ -147,7 +147,7 @@ class Merge:
 
     def _change(self, name: str) -> Any:
         arithmetic = self.job.config.merge_config.arithmetic
-        return lambda weight: self.adapter.updates[name].merged(weight, arithmetic)
+        return lambda weight, out: self.adapter.updates[name].merged(weight, arithmetic, out)
 
     def _begin(self, folder: Path, partial: Path, journal: Journal) -> None:
         """An empty folder to write into; on a resume, one with the files that are whole."""

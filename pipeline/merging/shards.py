@@ -288,14 +288,15 @@ class Writer:
 
 
 def rewrite(
-    base: Path, folder: Path, changes: Mapping[str, Callable[[Any], Any]], journal: Journal | None = None
+    base: Path, folder: Path, changes: Mapping[str, Callable[[Any, Any], Any]], journal: Journal | None = None
 ) -> Iterator[str]:
     """Writes every weight file of `base` into `folder`, the tensors named in `changes` as these give them; yields names.
 
-    Shapes and dtypes stay, so the files keep their headers; what is not changed is copied byte for byte. One tensor at a
-    time is in memory. A file is synced, then added to the journal; those in it already are not written again.
+    A change is given the tensor on disk and memory for its new values. Shapes and dtypes stay, so the files keep their
+    headers; what is not changed is copied byte for byte. One tensor at a time is in memory, and the one being written.
+    A file is synced, then added to the journal; those in it already are not written again.
     """
-    memory = Memory()
+    memory, other = Memory(), Memory()  # one is written while the other is computed
     for shard in shards(base):
         if journal and shard.name in journal.files:
             yield from stored(shard)
@@ -306,6 +307,7 @@ def rewrite(
             for name, tensor in stored(shard).items():
                 if name in changes:
                     new.write(_changed(tensor, changes[name], memory))
+                    memory, other = other, memory
                 else:
                     for chunk in tensor.chunks(old):
                         new.write(chunk)
@@ -316,15 +318,13 @@ def rewrite(
         (folder / INDEX).write_bytes(index.read_bytes())
 
 
-def _changed(tensor: Stored, change: Callable[[Any], Any], memory: Memory) -> Any:
+def _changed(tensor: Stored, change: Callable[[Any, Any], Any], memory: Memory) -> Any:
     """The bytes of a tensor's new values. Raises `ValueError` for other values than the header has room for."""
     import torch
 
-    before = tensor.read(memory)
-    after = change(before)
-    if after.untyped_storage().data_ptr() == before.untyped_storage().data_ptr():
-        after = after.clone()  # the next is read into it, while this one is written
-    if (after.dtype, after.shape) != (before.dtype, before.shape):
+    dtype = tensor.float_type
+    after = change(OnDisk(tensor), memory.take(tensor.end - tensor.start).view(dtype).reshape(tensor.shape))
+    if (after.dtype, after.shape) != (dtype, tensor.shape):
         raise ValueError(f"{tensor.name} would become {after.dtype} {tuple(after.shape)}")
     return after.contiguous().flatten().view(torch.uint8).numpy()
 

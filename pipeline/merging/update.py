@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.merging.blocks import over_blocks
 
 Arithmetic = Literal["float32", "peft"]
-At = Callable[[slice, Any], tuple[Any, Any]]
+At = Callable[[slice, Any], tuple[Any, Any, Any]]
 UNIT = 2**-24  # unit roundoff of float32
 NOTHING = 1e-300  # where not even a last bit may differ
 
@@ -31,13 +31,16 @@ class Update(Protocol):
     @property
     def kind(self) -> str: ...
 
-    def merged(self, weight: Any, arithmetic: Arithmetic = "float32") -> Any:
-        """`weight` with the adapter in it, of the same dtype. `weight` itself is not altered."""
+    def merged(self, weight: Any, arithmetic: Arithmetic = "float32", out: Any = None) -> Any:
+        """`weight` with the adapter in it, of the same dtype, in `out` where it can be. `weight` itself is not altered.
+
+        Of `weight` blocks of rows, dtype and shape are asked for.
+        """
 
     def exact(self, weight: Any, arithmetic: Arithmetic = "float32") -> At:
-        """Gives, of rows and these rows of the weight, the values in a wider dtype and how far `merged` may be from each.
+        """Gives, of rows and these rows of the weight, in a wider dtype: these, the values, how far `merged` may be off.
 
-        Of `weight` itself blocks of rows, dtype and shape are asked for.
+        Of `weight` the same is asked for.
         """
 
 
@@ -62,12 +65,13 @@ class LowRank:
     def kind(self) -> str:
         return "embedding" if self.embedding else "linear"
 
-    def merged(self, weight: Any, arithmetic: Arithmetic = "float32") -> Any:
+    def merged(self, weight: Any, arithmetic: Arithmetic = "float32", out: Any = None) -> Any:
         import torch
 
         if arithmetic == "peft":
-            return self._as_peft(weight)
-        merged, by_column = torch.empty_like(weight), None
+            return self._as_peft(weight[:])
+        merged = torch.empty(weight.shape, dtype=weight.dtype) if out is None else out
+        by_column = None
         if self.magnitude is not None and self.embedding:
             squares = over_blocks(weight, lambda rows: self._total(weight, rows).double().square_().sum(0))
             by_column = (self.magnitude / sum(squares) ** 0.5).float()
@@ -114,47 +118,80 @@ class LowRank:
 
         In float64; a LoRA of 16-bit weights in float32, whose own error, as large, is added.
         """
+        if self.magnitude is None:
+            return self._sums_as_peft(weight) if arithmetic == "peft" else self._sums(weight, rounded=True)
         # of a norm: squares summed one after the other in float32; in float64 nothing that counts
         squares = len(weight) if self.embedding else weight.numel() // max(1, len(weight))
         of_norm = ((squares / 2 if arithmetic == "peft" else 0) + 4) * UNIT
-        sums = self._sums(weight, arithmetic)
-        by_column = _norms(weight, sums) if self.magnitude is not None and self.embedding else None
+        sums = self._sums(weight)
+        by_column = _norms(weight, sums) if self.embedding else None
 
-        def at(rows: slice, block: Any) -> tuple[Any, Any]:
-            total, error = sums(rows, block)
-            if self.magnitude is not None:
-                magnitude = (self.magnitude if self.embedding else self.magnitude[rows, None]).double()
-                norm, off = by_column or (total.norm(dim=1, keepdim=True), error.norm(dim=1, keepdim=True))
-                factor = magnitude / norm
-                error.addcmul_(total.abs(), off / norm + of_norm).mul_(factor.abs())
-                total.mul_(factor)
-            return total, error.add_(rounding(total, weight))
+        def at(rows: slice, block: Any) -> tuple[Any, Any, Any]:
+            was, total, error = sums(rows, block)
+            magnitude = (self.magnitude if self.embedding else self.magnitude[rows, None]).double()
+            norm, off = by_column or (total.norm(dim=1, keepdim=True), error.norm(dim=1, keepdim=True))
+            factor = magnitude / norm
+            error.addcmul_(total.abs(), off / norm + of_norm).mul_(factor.abs())
+            total.mul_(factor)
+            return was, total, error.add_(rounding(total, weight))
 
         return at
 
-    def _sums(self, weight: Any, arithmetic: Arithmetic) -> At:
-        """Of rows, W + Σ s·B·A, and how far the sum in float32 may be from it before its last rounding."""
+    def _sums(self, weight: Any, rounded: bool = False) -> At:
+        """Of rows, W + Σ s·B·A, and how far the sum in float32 may be from it, before or after it is rounded.
+
+        A partial sum is no larger than the whole and the products that follow: so what each rounds is bounded by these.
+        """
+        import torch
+
+        wide, known = self._widened(weight)
+        shares = [share for *_, share in known]
+        last = half_unit(weight) if rounded else (0.0, 0.0)
+
+        def at(rows: slice, block: Any) -> tuple[Any, Any, Any]:
+            was, total = block.to(wide), None
+            for a, b, *_ in known:
+                total = torch.mm(b[rows], a).add_(was) if total is None else total.addmm_(b[rows], a)
+            error, part = total.abs(), sum(shares) + last[0]  # type: ignore[union-attr]
+            for _, _, a_norm, b_norm, share in known:
+                error.addr_(b_norm[rows], a_norm, beta=part, alpha=sum(shares) + share)
+                part = 1.0
+            return was, total, error.add_(last[1])
+
+        return at
+
+    def _sums_as_peft(self, weight: Any) -> At:
+        """The same, where each adapter is rounded before the next is added; of an embedding also its update."""
+        import torch
+
+        wide, known = self._widened(weight)
+
+        def at(rows: slice, block: Any) -> tuple[Any, Any, Any]:
+            was = block.to(wide)
+            total, error = was.clone(), None
+            for a, b, a_norm, b_norm, share in known:
+                if error is not None:  # what the adapter before was rounded to
+                    error.add_(rounding(total.abs().add_(error), weight))
+                of_sum = total.abs().addr_(b_norm[rows], a_norm, beta=share, alpha=share)
+                error = of_sum if error is None else error.add_(of_sum)
+                if self.embedding:
+                    error.add_(rounding(torch.mm(b[rows], a), weight))
+                total.addmm_(b[rows], a)
+            return was, total, error.add_(rounding(total, weight))  # type: ignore[union-attr]
+
+        return at
+
+    def _widened(self, weight: Any) -> tuple[Any, list[tuple[Any, Any, Any, Any, float]]]:
+        """The dtype to compute in; of each adapter A, s·B, the norms of their columns and rows, the share a sum may be off."""
         import torch
 
         narrow = weight.dtype.itemsize < 4 and self.magnitude is None
         wide, sums = (torch.float32, 2) if narrow else (torch.float64, 1)
-        exact = [(f.a.to(wide), f.b.to(wide), f.scale) for f in self.factors]
-        known = [(a, b, scale, a.norm(dim=0), b.norm(dim=1)) for a, b, scale in exact]
-
-        def at(rows: slice, block: Any) -> tuple[Any, Any]:
-            total, error = block.to(wide, copy=True), None
-            for a, b, scale, a_norm, b_norm in known:
-                if error is not None and arithmetic == "peft":  # what the adapter before was rounded to
-                    error.add_(rounding(total.abs().add_(error), weight))
-                share = sums * (len(a) + 4) * UNIT
-                of_sum = total.abs().addr_(b_norm[rows], a_norm, beta=share, alpha=share * abs(scale))
-                error = of_sum if error is None else error.add_(of_sum)
-                if arithmetic == "peft" and self.embedding and self.magnitude is None:
-                    error.add_(rounding(torch.mm(b[rows], a).mul_(scale), weight))
-                total.addmm_(b[rows], a, alpha=scale)
-            return total, error
-
-        return at
+        known = []
+        for factor in self.factors:
+            a, b = factor.a.to(wide), factor.b.to(wide) * factor.scale
+            known.append((a, b, a.norm(dim=0), b.norm(dim=1), sums * (len(a) + 4) * UNIT))
+        return wide, known
 
 
 @dataclass(frozen=True)
@@ -164,13 +201,13 @@ class Replacement:
     tensor: Any
     kind = "replaced"
 
-    def merged(self, weight: Any, arithmetic: Arithmetic = "float32") -> Any:
+    def merged(self, weight: Any, arithmetic: Arithmetic = "float32", out: Any = None) -> Any:
         return self.tensor.to(weight.dtype, copy=True)
 
     def exact(self, weight: Any, arithmetic: Arithmetic = "float32") -> At:
-        def at(rows: slice, block: Any) -> tuple[Any, Any]:
+        def at(rows: slice, block: Any) -> tuple[Any, Any, Any]:
             new = self.tensor.reshape(weight.shape)[rows].double()  # a number alone comes as a row of one
-            return new, rounding(new, weight)
+            return block.double(), new, rounding(new, weight)
 
         return at
 
@@ -183,21 +220,22 @@ class Rows:
     values: Any  # (tokens, width)
     kind = "tokens"
 
-    def merged(self, weight: Any, arithmetic: Arithmetic = "float32") -> Any:
-        return weight.index_copy(0, self.tokens, self.values.to(weight.dtype))
+    def merged(self, weight: Any, arithmetic: Arithmetic = "float32", out: Any = None) -> Any:
+        return weight[:].index_copy(0, self.tokens, self.values.to(weight.dtype))
 
     def exact(self, weight: Any, arithmetic: Arithmetic = "float32") -> At:
         """Every other row may be off by nothing."""
         import torch
 
-        def at(rows: slice, block: Any) -> tuple[Any, Any]:
-            new = block.to(torch.float64, copy=True)
+        def at(rows: slice, block: Any) -> tuple[Any, Any, Any]:
+            was = block.double()
+            new = was.clone()
             error = torch.full_like(new, NOTHING)
             inside = (self.tokens >= rows.start) & (self.tokens < rows.start + len(new))
             tokens = self.tokens[inside] - rows.start
             new[tokens] = self.values[inside].double()
             error[tokens] = rounding(new[tokens], weight)
-            return new, error
+            return was, new, error
 
         return at
 
@@ -266,14 +304,20 @@ def _sum(one: Change, other: Change) -> Change:
 
 def _norms(weight: Any, sums: At) -> tuple[Any, Any]:
     """‖V‖ of each column in float64, and how far that of the sum in float32 may be from it."""
-    found = over_blocks(weight, lambda rows: [one.square_().sum(0) for one in sums(rows, weight[rows])])
+    found = over_blocks(weight, lambda rows: [one.square().sum(0) for one in sums(rows, weight[rows])[1:]])
     norm, off = (sum(squares) ** 0.5 for squares in zip(*found, strict=True))
     return norm, off
 
 
 def rounding(values: Any, weight: Any) -> Any:
-    """Half a unit in the last place of the weight's dtype, also below its smallest normal number."""
+    """Half a unit in the last place of the weight's dtype."""
+    share, least = half_unit(weight)
+    return values.abs().mul_(share).add_(least)
+
+
+def half_unit(weight: Any) -> tuple[float, float]:
+    """Of the weight's dtype: a share of the value, and what is added to it below the smallest normal number."""
     import torch
 
     limits = torch.finfo(weight.dtype)
-    return values.abs().mul_(limits.eps / 2).add_(limits.tiny * limits.eps / 2)
+    return limits.eps / 2, limits.tiny * limits.eps / 2

@@ -139,9 +139,9 @@ def test_a_failed_merge_leaves_no_model_and_the_link_where_it_was(
 ) -> None:
     honest = LowRank.merged
 
-    def doubled(update: LowRank, weight: torch.Tensor, arithmetic: Any) -> torch.Tensor:
+    def doubled(update: LowRank, weight: Any, arithmetic: Any, out: torch.Tensor) -> Any:
         factor = update.factors[0]
-        return honest(replace(update, factors=(replace(factor, scale=2 * factor.scale),)), weight, arithmetic)
+        return honest(replace(update, factors=(replace(factor, scale=2 * factor.scale),)), weight, arithmetic, out)
 
     monkeypatch.setattr(LowRank, "merged", doubled)
     with pytest.raises(StageFailed, match="away from base"):

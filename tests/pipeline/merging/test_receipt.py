@@ -35,7 +35,7 @@ class Merged:
 
     def write(self, adapter: Adapter, arithmetic: Arithmetic = "float32") -> None:
         changes = {
-            name: lambda weight, update=update: update.merged(weight, arithmetic)
+            name: lambda weight, out, update=update: update.merged(weight, arithmetic, out)
             for name, update in adapter.updates.items()
         }
         list(rewrite(self.base.folder, self.folder, changes))
@@ -386,8 +386,8 @@ def test_a_merge_into_the_quantised_base_is_caught(merged: Callable[..., Merged]
 
     made = merged()
 
-    def rounded(weight: torch.Tensor, name: str) -> torch.Tensor:
-        return made.adapter.updates[name].merged(dequantize_4bit(*quantize_4bit(weight, quant_type="nf4")))
+    def rounded(weight: Any, out: torch.Tensor, name: str) -> Any:
+        return made.adapter.updates[name].merged(dequantize_4bit(*quantize_4bit(weight[:], quant_type="nf4")))
 
     list(rewrite(made.base.folder, made.folder, {n: partial(rounded, name=n) for n in made.adapter.updates}))
     with pytest.raises(StageFailed, match="away from base"):

@@ -70,7 +70,7 @@ def plainly(update: Any, weight: torch.Tensor) -> torch.Tensor:
 def shares(update: Update, weight: torch.Tensor, merged: torch.Tensor, arithmetic: Any) -> torch.Tensor:
     """How much of its bound each element is off."""
     at = update.exact(weight, arithmetic)
-    found = [(merged[rows].double(), *at(rows, weight[rows])) for rows in blocks(weight)]
+    found = [(merged[rows].double(), *at(rows, weight[rows])[1:]) for rows in blocks(weight)]
     return torch.cat([(values - exact).abs() / allowed for values, exact, allowed in found])
 
 
@@ -83,7 +83,7 @@ def test_what_is_merged_is_the_exact_sum_within_the_bound(kind: str, dtype: torc
     merged = update.merged(weight, arithmetic)
     at = update.exact(weight, arithmetic)
     assert torch.equal(weight, kept) and merged.dtype == dtype and merged.shape == weight.shape
-    exact = torch.cat(over_blocks(weight, lambda rows: at(rows, weight[rows])[0]))
+    exact = torch.cat(over_blocks(weight, lambda rows: at(rows, weight[rows])[1]))
     assert exact.dtype.itemsize > dtype.itemsize  # LoRA of 16 bits in float32, all else in float64
     close = {"rtol": 1e-11, "atol": 1e-12} if exact.dtype == torch.float64 else {"rtol": 1e-6, "atol": 1e-6}
     torch.testing.assert_close(exact.double(), plainly(update, weight), **close)
@@ -139,7 +139,8 @@ def test_biases_and_single_numbers_are_replaced_too() -> None:
         update, weight = Replacement(torch.full(shape, 0.1)), torch.zeros(shape).bfloat16()
         merged = update.merged(weight)
         assert merged.shape == shape and merged.dtype == torch.bfloat16
-        exact, allowed = update.exact(weight := torch.atleast_1d(weight))(slice(0, 9), weight)
+        was, exact, allowed = update.exact(weight := torch.atleast_1d(weight))(slice(0, 9), weight)
+        assert torch.equal(was, weight.double())
         assert (torch.atleast_1d(merged).double() - exact).abs().max() <= allowed.max() < 1e-3
 
 
