@@ -236,6 +236,42 @@ def eval_(
 
 
 @app.command()
+def review(
+    exp: Annotated[str, typer.Argument(metavar="EXP", help="An eval record: its id, or the path of its file.")],
+    against: Annotated[str, typer.Option(help="Whom the model is compared with, as in answers.jsonl.")] = "base",
+    reviewer: Annotated[str, typer.Option(help="Your name; default: the page asks.")] = "",
+    n: Annotated[
+        int | None, typer.Option(min=1, help="Prompts, drawn at random; default: all. Fixed by the start.")
+    ] = None,
+    votes_each: Annotated[
+        int | None, typer.Option(min=1, help="People whose votes decide a prompt; default: 1. Fixed by the start.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8010,
+    result: Annotated[bool, typer.Option("--result", help="Open it: the result, into the record and printed.")] = False,
+    open_early: Annotated[
+        bool, typer.Option("--open-early", help="With --result: before the plan allows. Noted in the record.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """People compare the answers of an evaluation, blind, on a small page of this machine, until Ctrl-C.
+
+    It opens at the planned number of prompts, or as soon as the evidence is enough; until then nothing is shown.
+
+    \b
+    Example:  aletheia review EXP-2026-11-21-008 --reviewer anna
+    """
+    from aletheia.review import serve_review, show_result
+    from pipeline.workspace import Workspace
+
+    if (open_early or as_json) and not result:
+        raise UserError("goes with --result", where="--open-early" if open_early else "--json")
+    if result:
+        show_result(Workspace.find(), exp, against, open_early, as_json)
+    else:
+        serve_review(Workspace.find(), exp, against, reviewer, n, votes_each, port)
+
+
+@app.command()
 def demo(profile: ProfileOption = "tiny", set_: SetOption = None) -> None:
     """The whole pipeline as one experiment: data, sft, dpo, merge, serve, eval, and what it all shows.
 
