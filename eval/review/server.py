@@ -8,8 +8,6 @@ Nothing here tells who is left or right, or what was voted so far: results are t
 Whoever can reach the address can vote under any name; another web site cannot, for its requests have another origin.
 """
 
-import base64
-import hashlib
 import os
 import socket
 from collections.abc import Callable
@@ -28,6 +26,7 @@ from eval.review.session import Review
 from pipeline.errors import UserError
 from serving.front.limits import read_body
 from serving.front.protocol import ApiError, parsed
+from serving.page.policy import page
 
 HERE = Path(__file__).parent
 HOST = "127.0.0.1"
@@ -56,7 +55,7 @@ def build_app(review: Review, reviewer: str = "") -> FastAPI:
     """`reviewer`: the name that the page begins with; without one it asks."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"], www_redirect=False)
-    page, headers = _page()
+    text, headers = page(HERE)
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> JSONResponse:
@@ -64,7 +63,7 @@ def build_app(review: Review, reviewer: str = "") -> FastAPI:
 
     @app.get("/")
     async def index() -> Response:
-        return Response(page, headers=headers)
+        return Response(text, headers=headers | {"x-content-type-options": "nosniff"})
 
     @app.get("/api/review")
     async def about() -> JSONResponse:
@@ -148,27 +147,3 @@ async def _keep(write: Callable[[], None]) -> None:
 
 def _answer(values: dict[str, Any]) -> JSONResponse:
     return JSONResponse(values, headers={"cache-control": "no-store", "x-content-type-options": "nosniff"})
-
-
-def _page() -> tuple[bytes, dict[str, str]]:
-    """The page with its style sheet and script inside, and the headers that allow these two and nothing else."""
-    style, script = ((HERE / f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
-    page = (HERE / "page.html").read_text("utf-8").replace("/*style*/", style).replace("/*script*/", script)
-    policy = (
-        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
-        "trusted-types 'none'"
-    )
-    return page.encode(), {
-        "content-type": "text/html; charset=utf-8",
-        "content-security-policy": policy,
-        "referrer-policy": "no-referrer",
-        "cross-origin-opener-policy": "same-origin",
-        "cross-origin-resource-policy": "same-origin",
-        "x-content-type-options": "nosniff",
-        "cache-control": "no-cache",
-    }
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

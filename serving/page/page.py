@@ -14,8 +14,6 @@ other address than the server's own, and no text ever parsed as markup (trusted 
 """
 
 import asyncio
-import base64
-import hashlib
 import hmac
 import ipaddress
 import json
@@ -26,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.page import feedback
+from serving.page.policy import page
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -42,7 +41,8 @@ class Page:
     def __init__(self, app: App, *, feedback: Path, model: str, api_key: str | None = None, contract: str = "") -> None:
         self.app, self.feedback, self.model, self.contract = app, feedback, model, contract
         self._key = api_key.encode() if api_key else None
-        self._page, self._headers = _page()
+        self._page, headers = page(HERE)
+        self._headers = [(name.encode(), value.encode()) for name, value in headers.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -162,28 +162,6 @@ def _is_loopback(name: str) -> bool:
     except ValueError:
         return False
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
-
-
-def _page() -> tuple[bytes, list[tuple[bytes, bytes]]]:
-    """The page with its style sheet and script inside, and the headers that allow these two and nothing else."""
-    style, script = ((HERE / f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
-    page = (HERE / "page.html").read_text("utf-8").replace("/*style*/", style).replace("/*script*/", script)
-    policy = (
-        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
-    )
-    headers = {
-        "content-type": "text/html; charset=utf-8",
-        "content-security-policy": policy,
-        "referrer-policy": "no-referrer",
-        "cross-origin-opener-policy": "same-origin",
-        "cache-control": "no-cache",
-    }
-    return page.encode(), [(name.encode(), value.encode()) for name, value in headers.items()]
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 async def _refuse(

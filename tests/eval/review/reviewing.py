@@ -12,7 +12,7 @@ import uvicorn
 from eval.review import blind, session
 from eval.review.server import build_app
 from eval.review.session import Review
-from tests.serving.page.browser import Browser, Tab
+from tests.serving.page.browser import Tab
 
 HOSTILE = (
     "</script><script>document.title='run'</script><img src=x onerror=\"document.title='run'\">\n\n"
@@ -89,16 +89,7 @@ class Serving:
 class ReviewTab(Tab):
     """A tab with storage of its own, on the review's page."""
 
-    def __init__(self, browser: Browser, address: str) -> None:
-        self.browser = browser
-        context = browser.call("Target.createBrowserContext")["browserContextId"]
-        target = browser.call("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
-        self.session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log"):
-            self.call(f"{domain}.enable")
-        self.call("Page.navigate", url=address)
-        loaded = "document.readyState === 'complete' && location.protocol === 'http:'"
-        self.wait(f"{loaded} && (!find('#work').hidden || !find('#name-form').hidden || !find('#done').hidden)")
+    READY = "!find('#work').hidden || !find('#name-form').hidden || !find('#done').hidden"
 
     def key(self, letter: str, repeat: bool = False) -> None:
         """One key, as a keyboard sends it; `repeat`: it is still held down."""

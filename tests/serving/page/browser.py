@@ -64,6 +64,8 @@ class Browser:
 
 
 class Tab:
+    READY = "find('#model').options.length || !keyForm.hidden || !find('#fault').hidden"
+
     def __init__(self, browser: Browser, address: str) -> None:
         self.browser = browser
         context = browser.call("Target.createBrowserContext")["browserContextId"]  # its own storage
@@ -73,7 +75,7 @@ class Tab:
             self.call(f"{domain}.enable")
         self.call("Page.navigate", url=address)
         loaded = "document.readyState === 'complete' && location.protocol === 'http:'"
-        self.wait(f"{loaded} && (find('#model').options.length || !keyForm.hidden || !find('#fault').hidden)")
+        self.wait(f"{loaded} && ({self.READY})")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         return self.browser.call(method, self.session, **parameters)
