@@ -198,7 +198,8 @@ def chat(
 @app.command("eval")
 def eval_(
     parts: Annotated[
-        list[str] | None, typer.Argument(help="heldout, benchmarks, winrate (default: these), latency.")
+        list[str] | None,
+        typer.Argument(help="heldout, benchmarks, winrate (default: these), latency; or prefetch alone."),
     ] = None,
     profile: ProfileOption = DEFAULT,
     set_: SetOption = None,
@@ -206,17 +207,32 @@ def eval_(
     endpoint: Annotated[
         str | None, typer.Option(help="URL of a running server of the model, judged and timed.")
     ] = None,
+    show: Annotated[
+        str | None, typer.Option(metavar="EXP", help="Runs nothing: the result of that evaluation, and its page anew.")
+    ] = None,
     dry_run: DryRunOption = False,
     hypothesis: HypothesisOption = None,
     criterion: CriterionOption = None,
 ) -> None:
     """Judges the newest model against its base: held-out rows, lm-eval-harness tasks, win-rate.
 
-    And how fast a server of it answers, when `latency` is named.
+    And how fast a server of it answers, when `latency` is named. `prefetch` runs nothing: it downloads the data of the
+    profile's benchmarks, for a machine without a hub.
 
     \b
     Example:  aletheia eval heldout winrate --profile tiny
+              aletheia eval --show EXP-2026-11-21-008
     """
+    if show is not None:
+        from aletheia.evaluation import show_result
+
+        show_result(show)
+        return
+    if parts == ["prefetch"]:
+        from aletheia.evaluation import fetch_benchmarks
+
+        fetch_benchmarks(_job(profile, set_))
+        return
     from eval.evaluate import NAMED, Evaluate
 
     for part in parts or []:
