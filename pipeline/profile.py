@@ -84,7 +84,14 @@ def settings(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, s
         if isinstance(value, BaseModel):
             yield from settings(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", value, field.description or ""
+            yield f"{prefix}{name}", _as_written(value), field.description or ""
+
+
+def _as_written(value: Any) -> Any:
+    """As a profile would say it: of a judge, say, the keys that were given."""
+    if isinstance(value, list):
+        return [each.model_dump(exclude_unset=True) if isinstance(each, BaseModel) else each for each in value]
+    return value
 
 
 def _find(workspace: Workspace, name: str) -> Path:
