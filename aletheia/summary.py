@@ -1,10 +1,12 @@
 """What a record shows at a glance: its key figures, in lists and in the table at the end of a pipeline."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from aletheia.output import print_table
+from eval.page.claims import NOTHING, claims
 from pipeline.progress import duration
 from pipeline.records.index import shuffled
 from pipeline.records.lifecycle import liveness
@@ -57,8 +59,14 @@ def key_figures(facts: Facts) -> Iterator[str]:
         yield f"held-out preference accuracy {_figure(accuracy)}, chance 0.50{beside}"
     for task, change in results.get("benchmarks", {}).items():
         yield f"{task} {change['metric']} {_change(change)}"
+    for task in (name for name, said in _guards(results).items() if said["finding"] != "held"):
+        yield f"guard {task}: {results['guards']['tasks'][task]['finding']}"
     if "win_rate" in results:
         yield f"win-rate {_figure(results['win_rate'])}, the longer answer {_figure(results['win_rate']['longest_wins'])}"
+    elif "win_rate_unknown" in results:
+        yield "win-rate unknown: no verdict could be read"
+    if share := results.get("human_review", {}).get("share_of_wins"):
+        yield f"people's decisive votes {_figure(share)}"
     if "technical" in results:
         yield from _code(results["technical"])
     if "stops_by_itself" in results:
@@ -67,6 +75,10 @@ def key_figures(facts: Facts) -> Iterator[str]:
             f"answers {lengths['before']['value']:.0f} → {lengths['after']['value']:.0f} tokens long, "
             f"{stops['before']['value']:.0%} → {stops['after']['value']:.0%} end by themselves"
         )
+    if facts.stage == "eval":
+        count = Counter(claim.verdict for claim in claims(results) if claim.lower_is_better is not None)
+        if count.total() > 1:
+            yield f"better in {count['better']}, worse in {count['worse']}, not known of {count[NOTHING]}"
     if "receipt" in results:
         receipt = results["receipt"]
         logits = f"; logits within {receipt['logits_max_difference']:.1g}" if "logits_max_difference" in receipt else ""
@@ -76,6 +88,10 @@ def key_figures(facts: Facts) -> Iterator[str]:
             yield f"{kind} {found['bytes'] / 1e6:,.1f} MB, KL {_figure(found['kl'], '.4f')} nats a token"
     if "requests" in results:
         yield f"{results['requests']} requests, {results['completion_tokens']} tokens, {results['errors']} failed"
+
+
+def _guards(results: dict[str, Any]) -> dict[str, Any]:
+    return dict(results["guards"]["tasks"]) if "guards" in results else {}
 
 
 def _code(technical: dict[str, Any]) -> Iterator[str]:

@@ -13,6 +13,7 @@ over which the win-rate's answers then come, that the server there is this very 
 """
 
 import gc
+import sys
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,14 +23,18 @@ from eval import contestants, latency
 from eval.benchmarks.part import Benchmarks
 from eval.contestants import BASE, MODEL, Contestant
 from eval.heldout import HeldOut
+from eval.page.page import write_page
+from eval.page.spent import spent
+from eval.page.told import print_result
 from eval.part import Ends, Part
 from eval.verified import Verified
 from eval.winrate.part import WinRate, open_questions
 from pipeline.chat import Chat
 from pipeline.data import store
 from pipeline.data.rows import describe, hashes
-from pipeline.errors import UserError
+from pipeline.errors import AletheiaError, UserError
 from pipeline.model import Base
+from pipeline.progress import say
 from pipeline.records import items
 from pipeline.records.lifecycle import Record
 from pipeline.records.schema import Input
@@ -63,18 +68,18 @@ class Evaluate:
         if chat.contract != base.chat().contract:
             raise UserError("its chat template is not its base's", where=chat.name)
         named, parts = job.parts or EVALUATIONS, list[Part]()
+        who = [contestants.the_base(base, chat), *contestants.the_model(job, source, base, chat)]
+        who += contestants.others(job, source, base, chat) if {*named} & {*EVALUATIONS} else []
         if "heldout" in named:
             parts.append(HeldOut.prepare(job, source))
         if "benchmarks" in named:
             parts.append(Benchmarks.prepare(job))
         if "winrate" in named:
-            parts.append(WinRate.prepare(job))
+            parts.append(WinRate.prepare(job, who))
         prompts = []
         if "latency" in named:
             latency.guidellm()
             prompts = [question.prompt for question in open_questions(job)]
-        who = [contestants.the_base(base, chat), *contestants.the_model(job, source, base, chat)]
-        who += contestants.others(job, source, base, chat) if parts else []
         endpoint = next((c.endpoint for c in who if c.name == MODEL and c.endpoint), None)
         verified = Verified(job, source, base, chat)
         return cls(job, base, chat, source, parts, who, verified, endpoint, prompts, [c.input for c in who if c.input])
@@ -102,6 +107,8 @@ class Evaluate:
             self._compare(record, self._measure(record))
         if self.prompts:
             record.facts.results["latency"] = self._latency(record)
+        if self.parts:
+            record.when_complete.append(lambda: _show(record))
 
     def _measure(self, record: Record) -> dict[str, dict[str, Any]]:
         """By part and contestant; one model in memory at a time."""
@@ -128,6 +135,8 @@ class Evaluate:
             for name, figures in found.results.pop("others", {}).items():
                 results.setdefault("others", {}).setdefault(name, {}).update(figures)
             results |= found.results
+            for criterion in found.guardrails:
+                record.guard(criterion)
             ends |= found.items
             items.write_changes(record.folder, ends)
 
@@ -153,3 +162,13 @@ class Evaluate:
             results = latency.measure(endpoint, self.prompts, config.eval_config, record.folder)
         latency.tell(results)
         return results
+
+
+def _show(record: Record) -> None:
+    """What is better, what is worse and what is not known: in lines, and on a page beside the record."""
+    say("")
+    print_result(record.facts, spent(record.file, record.facts), sys.stderr, whole=False)
+    try:
+        say(f"page: {record.workspace.shown(write_page(record.file))}")
+    except (AletheiaError, OSError) as error:  # the record is complete, and says the same
+        say(f"note: no page of results: {error}")

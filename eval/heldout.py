@@ -1,11 +1,15 @@
-"""Held-out rows: loss, perplexity and preference accuracy on what the training of this very model never saw."""
+"""Held-out rows: loss, perplexity, preference accuracy and the end of turn, on what the training of this model never saw.
 
-import math
+In the record: `eval_loss`, every row alike; `perplexity`, its exp; `eval_loss_by_token`, every token alike; `end_of_turn`;
+`preference_accuracy` and `margin` of pairs; `by_domain` and `by_fault`, the same rows taken apart.
+"""
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from eval import breakdown, endings
 from eval.contestants import BASE, Contestant
 from eval.part import Compared, Ends, against_each
 from pipeline import statistics
@@ -23,7 +27,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Measured:
-    losses: list[float] = field(default_factory=list)  # of each conversation, nats a token
+    ends: list[heldout.Ends] = field(default_factory=list)  # of each conversation
+    tokens: list[int] = field(default_factory=list)  # of its answers
     margins: list[float] = field(default_factory=list)  # of each pair, log p(chosen) − log p(rejected), nats
 
 
@@ -52,7 +57,8 @@ class HeldOut:
         if self.conversations:
             rows = [chat.conversation(row.messages) for row in self.conversations]
             how = passes(model, rows, chat, self.config)
-            found.losses = heldout.losses(model, rows, how, f"{who.label}: held-out loss")
+            found.ends = heldout.ends(model, rows, how, f"{who.label}: held-out loss", chat.end_of_turn_id)
+            found.tokens = [sum(row.mask) for row in rows]
         if self.pairs:
             pairs = [chat.pair(pair) for pair in self.pairs]
             how = passes(model, [side for pair in pairs for side in pair], chat, self.config)
@@ -64,13 +70,22 @@ class HeldOut:
         return against_each(measured, self._compare)
 
     def _compare(self, theirs: Measured, ours: Measured, whose: str) -> Compared:
-        found = Compared()
+        found, by_domain = Compared(), dict[str, Any]()
         if self.conversations:
-            found.results |= _losses(theirs, ours, whose)
-            found.items["eval_loss"] = _paired(self.conversations, theirs.losses, ours.losses)
+            domains, losses = [row.domain for row in self.conversations], (_losses(theirs), _losses(ours))
+            found.results |= _loss(*losses, ours.tokens, whose)
+            by_domain["eval_loss"] = breakdown.changes_by(domains, *losses)
+            say(f"  by domain: {breakdown.told(by_domain['eval_loss'], lower_is_better=True)}")
+            found.results |= _end_of_turn(theirs, ours)
+            found.items["eval_loss"] = _paired(self.conversations, *losses)
         if self.pairs:
             found.results |= _preferences(theirs, ours, whose)
+            margins = [after - before for before, after in zip(theirs.margins, ours.margins, strict=True)]
+            by_domain["preference_accuracy"] = breakdown.shares_by([pair.domain for pair in self.pairs], margins)
+            found.results["by_fault"] = breakdown.shares_by([pair.fault for pair in self.pairs], margins)
             found.items["margin"] = _paired(self.pairs, theirs.margins, ours.margins)
+        if by_domain:
+            found.results["by_domain"] = by_domain
         return found
 
 
@@ -84,11 +99,26 @@ def passes(model: Any, sequences: Sequence[Encoded], chat: Chat, config: EvalCon
     return Execution(1 if alone else config.batch_size * longest, packed=False, pad_id=chat.tokenizer.pad_token_id or 0)
 
 
-def _losses(theirs: Measured, ours: Measured, whose: str) -> dict[str, Any]:
-    change = statistics.paired(theirs.losses, ours.losses)
-    ends = {end: round(math.exp(getattr(change, end).value), 2) for end in ("before", "after")}
+def _losses(measured: Measured) -> list[float]:
+    return [row.loss for row in measured.ends]
+
+
+def _loss(theirs: list[float], ours: list[float], tokens: list[int], whose: str) -> dict[str, Any]:
+    change, by_token = statistics.paired(theirs, ours), breakdown.by_token(theirs, ours, tokens)
     say(f"held-out loss {_told(change)} nats a token{_than(whose)}: {change.verdict(True)}")
-    return {"eval_loss": statistics.as_record(change) | {"unit": "nats a token"}, "perplexity": ends}
+    say(f"  were every token worth the same, and not every row: change {by_token.delta.text()}")
+    unit = {"unit": "nats a token"}
+    return {
+        "eval_loss": statistics.as_record(change) | unit,
+        "perplexity": statistics.as_record(breakdown.perplexity(change)),
+        "eval_loss_by_token": statistics.as_record(by_token) | unit,
+    }
+
+
+def _end_of_turn(theirs: Measured, ours: Measured) -> dict[str, Any]:
+    found = endings.compare(theirs.ends, ours.ends)
+    say(endings.told(found))
+    return {"end_of_turn": statistics.as_record(found)}
 
 
 def _preferences(theirs: Measured, ours: Measured, whose: str) -> dict[str, Any]:

@@ -17,15 +17,19 @@ Ends = dict[str, tuple[float, float]]  # before and after by item
 
 @dataclass
 class Compared:
-    """For the record: figures, and by the figure that they make up both values of every item."""
+    """For the record: figures, by the figure that they make up both values of every item, and criteria that must hold."""
 
     results: dict[str, Any] = field(default_factory=dict)
     items: dict[str, Ends] = field(default_factory=dict)
+    guardrails: list[str] = field(default_factory=list)
 
 
 class Part(Protocol):
     name: ClassVar[str]
-    over_endpoint: ClassVar[bool]  # whether a server can be asked too
+
+    @property
+    def over_endpoint(self) -> bool:
+        """Whether a server is asked in the place of the model."""
 
     def rows(self) -> dict[str, Sequence[Row]]:
         """What every model is asked, by its name in the record's `data`."""

@@ -247,7 +247,9 @@ class EndpointJudge(Section):
         description="URL of an OpenAI-compatible server whose model judges; its key: ALETHEIA_JUDGE_API_KEY"
     )
     model: str | None = Field(None, description="the model's name there; null: the only one it has")
-    price_in: Annotated[float, Field(ge=0)] | None = Field(None, description="of a million tokens read, in cost.currency")
+    price_in: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="of a million tokens read, in cost.currency"
+    )
     price_out: Annotated[float, Field(ge=0)] | None = Field(None, description="of a million tokens written")
     max_tokens: Positive = Field(1024, description="of a verdict with its reason; a model that thinks needs more")
     temperature: Annotated[float, Field(ge=0, le=2)] = Field(0.0, description="of the verdicts")
@@ -271,7 +273,7 @@ def _judges(given: Any) -> Any:
 def _judge(given: Any, number: int) -> Any:
     if given == "key_points" or isinstance(given, Section):
         return given
-    kinds = {"endpoint": EndpointJudge, "reward_model": RewardModelJudge}
+    kinds: dict[str, type[Section]] = {"endpoint": EndpointJudge, "reward_model": RewardModelJudge}
     kind = next((kinds[name] for name in kinds if isinstance(given, dict) and name in given), None)
     if kind is None:
         raise ValueError(f"judge {number} is neither key_points, {{endpoint: URL}} nor {{reward_model: FOLDER}}")
@@ -288,7 +290,22 @@ def _judge(given: Any, number: int) -> Any:
 
 class EvalConfig(Section):
     tasks: list[str] = Field(["aletheia_choices"], description="lm-eval-harness tasks; own ones in <eval>/tasks")
-    limit: Positive | None = Field(None, description="items of each task; null: all")
+    limit: Positive | None = Field(None, description="items of each task, drawn with `seed`; null: all")
+    max_hours: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="benchmarks foretold to take longer, all models together, are asked fewer items; null: no limit",
+    )
+    benchmarks_endpoint: bool = Field(
+        False,
+        description="ask benchmarks of the model over `endpoint`, by token ids at /v1/completions; false: in process",
+    )
+    guard_tasks: list[str] = Field(
+        [], description="of `tasks`: those on which a regression refutes the record, whatever else it shows"
+    )
+    guard_margin: Annotated[float, Field(ge=0)] = Field(
+        0.02,
+        description="a loss on a guard that is held to be none, in the task's own unit: 0.02 is 2 points of accuracy",
+    )
     also: list[
         Annotated[str, AfterValidator(_without_password), Field(pattern=r"^(sft|dpo|EXP-[\w-]+|https?://.+)$")]
     ] = Field([], description="further contestants: sft or dpo of the lineage, an EXP-…, a server's URL#model")
@@ -300,9 +317,7 @@ class EvalConfig(Section):
     run_code: bool = Field(
         False, description="run answers' Python against their questions' `tests`, in a sandbox (docs/sandbox.md)"
     )
-    judges: Annotated[
-        list[EndpointJudge | RewardModelJudge | Literal["key_points"]], BeforeValidator(_judges)
-    ] = Field(
+    judges: Annotated[list[EndpointJudge | RewardModelJudge | Literal["key_points"]], BeforeValidator(_judges)] = Field(
         ["key_points"],
         description="of the win-rate, the first one's is win_rate: key_points (weak), {endpoint: URL, model: NAME}, "
         "{reward_model: FOLDER} (docs/judges.md)",

@@ -99,6 +99,8 @@ def _run(stage: type[Stage], job: Job, workspace: Workspace) -> Record:
     for name, target in record.links.items():
         find.link_newest(workspace, name, target)
     checkpoints.forget(record.output)  # complete: there is nothing left to resume
+    for then in record.when_complete:
+        then()
     return record
 
 

@@ -25,7 +25,7 @@ def find_tasks(folder: Path, names: Sequence[str]) -> list[dict[str, Any] | str]
         if task["task"] in names and isinstance(options, dict) and "data_files" in options:
             options["data_files"] = _absolute(options["data_files"], folder, path)
         own[task["task"]] = task
-    return [own.get(name, name) for name in names]
+    return [own.get(name, name) for name in dict.fromkeys(names)]
 
 
 def task_name(task: dict[str, Any] | str) -> str:

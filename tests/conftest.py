@@ -21,6 +21,7 @@ from pipeline.profile import load_profile
 from pipeline.records.file import RecordFile
 from pipeline.stage import Job, run_stage
 from pipeline.workspace import CHECKOUT, Workspace
+from tests.forked import Forked
 
 # Before torch is imported: two test processes on two cores, where more threads would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -37,6 +38,19 @@ dpo_config: {learning_rate: 2e-4, batch_size: 2, gradient_accumulation: 1, epoch
 eval_config: {max_tokens: 24}
 telemetry: {curves: false, tensorboard: false}  # two seconds a training
 """
+
+
+LONG = (
+    *("test_reproduce", "test_training", "test_run", "test_gpu_bench", "test_serve", "test_lora", "test_receipt"),
+    *("test_evaluate", "test_torchrun", "test_app", "test_demo", "test_parity_command", "test_killed", "test_curves"),
+)
+"""The files that take longest, half a minute to one and a half, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files come first: the two processes then end at about the same time."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
 def make_workspace(root: Path) -> Workspace:
@@ -176,6 +190,22 @@ def trained_copy(trained: Trained, tmp_path: Path) -> Trained:
     copy = trained.copy_to(tmp_path / "copy")
     few_words(copy.workspace)
     return copy
+
+
+@pytest.fixture
+def forked(workspace: Workspace, tmp_path: Path) -> Iterator[Callable[..., Forked]]:
+    """`forked("sft", "--profile", "small")`: the command in a process that need not import what it uses."""
+    started: list[Forked] = []
+
+    def start(*arguments: str) -> Forked:
+        environment = os.environ | {"ALETHEIA_ROOT": str(workspace.root)}
+        started.append(Forked(tmp_path / f"said-{len(started)}", *arguments, environment=environment))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def _heed_ctrl_c() -> None:

@@ -35,7 +35,10 @@ COMPARED = ("configuration", "data", "environment", "code")
 
 @dataclass(frozen=True)
 class Section:
-    """`file`: a link to the record, None where the page stands where it cannot reach it; so for a picture's third."""
+    """`file`: a link to the record, None where the page stands where it cannot reach it; so for a picture's third.
+
+    `result`: a link to an evaluation's own page (`eval/page/`), None where there is none.
+    """
 
     entry: Entry
     file: str | None
@@ -50,6 +53,7 @@ class Section:
     log_notes: list[str]
     samples: Samples
     pictures: list[tuple[str, str, str | None]]
+    result: str | None = None
 
 
 def sections(project: Project, folder: Path) -> Iterator[Section]:
@@ -79,6 +83,7 @@ def _section(entry: Entry, project: Project, folder: Path) -> Section:
         log_notes=log_notes,
         samples=read_samples(entry.file.folder / "answers.jsonl"),
         pictures=[(path, what, project.picture(entry, path, folder)) for path, what in notes.pictures(entry)],
+        result=project.link(entry.file.folder / "result.html", folder),
     )
 
 

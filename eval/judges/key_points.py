@@ -6,6 +6,7 @@ check that the machinery works and a floor for better judges, never a claim of q
 
 import re
 
+from eval.judges.judge import ByScore
 from pipeline.data.rows import Question
 
 NAME = "key-point words"
@@ -74,10 +75,9 @@ def score(question: Question, answer: str) -> float:
     return sum(shares) / len(shares) if shares else 0.0
 
 
-def compare(question: Question, answer: str, opponent: str) -> float:
-    """1.0 the first wins, 0.5 a tie, 0.0 it loses. Each is scored alone, so the order cannot matter."""
-    first, second = score(question, answer), score(question, opponent)
-    return 0.5 if abs(first - second) < 1e-9 else float(first > second)
+def judge() -> ByScore:
+    """Each answer is scored alone, so the order cannot matter."""
+    return ByScore(NAME, WEAKNESS, score)
 
 
 def _words(text: str) -> frozenset[str]:

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from eval import technical
+from eval import shape, technical
 from eval.contestants import BASE, MODEL, Contestant
-from eval.judges import key_points
+from eval.judges.endpoint import CHARACTERS_A_TOKEN
+from eval.judges.judge import Judge
+from eval.judges.panel import find_judges, refuse_contestants
 from eval.part import Compared, against_each
 from eval.sandbox import sandbox
-from eval.winrate import win_rate
+from eval.winrate import told, win_rate
+from eval.winrate.duels import Duels, ask, forecast
 from pipeline import statistics
 from pipeline.config import EvalConfig
 from pipeline.data.read import read_rows
@@ -44,9 +47,11 @@ class WinRate:
 
     config: EvalConfig
     questions: Sequence[Question]
+    judges: Sequence[Judge] = ()
 
     @classmethod
-    def prepare(cls, job: Job) -> Self:
+    def prepare(cls, job: Job, contestants: Sequence[Contestant]) -> Self:
+        """Raises `UserError` where a judge cannot judge, or is one of the contestants."""
         config, questions = job.config.eval_config, open_questions(job)
         asked = sample(questions, config.questions)
         if len(asked) < len(questions):
@@ -54,13 +59,23 @@ class WinRate:
         say(f"win-rate: {win_rate.planned_precision(len(asked))}")
         if config.run_code:
             _check_tests(asked)
-        return cls(config, asked)
+        judges = find_judges(job)
+        refuse_contestants(judges, contestants)
+        names = list(dict.fromkeys(who.name for who in contestants))
+        longest = "x" * (config.max_tokens * CHARACTERS_A_TOKEN)
+        for judge in judges:
+            if takes := forecast(judge, asked, names, longest):
+                say(f"{judge.name}: {takes}")
+        return cls(config, asked, judges)
 
     def rows(self) -> dict[str, Sequence[Row]]:
         return {"questions": self.questions}
 
     def plan(self) -> list[tuple[str, str]]:
-        return [("open questions", str(len(self.questions)))]
+        return [
+            ("open questions", str(len(self.questions))),
+            ("judges", ", ".join(judge.name for judge in self.judges)),
+        ]
 
     def measure(self, who: Contestant, model: Any) -> Answered:
         config, chat, what = self.config, who.chat, f"{who.label}: answers"
@@ -73,47 +88,41 @@ class WinRate:
         return Answered(answers, [chat.tokenizer.decode(answer.tokens).strip() for answer in answers])
 
     def compare(self, measured: dict[str, Answered], folder: Path) -> Compared:
-        ours = measured[MODEL].texts
-        rates = {
-            name: win_rate.win_rate(self.questions, ours, theirs.texts)
-            for name, theirs in measured.items()
-            if name != MODEL
-        }
-        self._write(
-            folder / "answers.jsonl",
-            lambda i: (
-                {"prompt": self.questions[i].prompt}
-                | {name: answered.texts[i] for name, answered in measured.items()}
-                | {"score": rates[BASE].scores[i]}
-            ),
-        )
-        found = against_each(
-            measured, lambda theirs, ours, whose: Compared(self._figures(rates[whose], theirs, ours, whose))
-        )
+        texts = {name: answered.texts for name, answered in measured.items()}
+        self._write_answers(folder, texts, [None] * len(self.questions))  # kept, whatever becomes of the judges
+        said = [ask(judge, self.questions, texts) for judge in self.judges]
+        self._write_answers(folder, texts, said[0].judged(MODEL, BASE).scores)
+        with (folder / "verdicts.jsonl").open("w", encoding="utf-8") as out:
+            for row in (row for duels in said for row in duels.rows()):
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+        found = against_each(measured, lambda theirs, ours, whose: Compared(self._figures(said, theirs, ours, whose)))
         found.results["technical"] = self._code(measured, folder)
+        if ranked := said[0].ranking():
+            found.results["ranking"] = told.ranking(ranked)
+            told.tell_ranking(ranked)
+        if paid := {told.key(judge.name): took for judge in self.judges if (took := told.spent(judge))}:
+            found.results["judging"] = paid
         return found
 
-    def _figures(self, result: win_rate.WinRate, theirs: Answered, ours: Answered, whose: str) -> dict[str, Any]:
+    def _figures(self, said: Sequence[Duels], theirs: Answered, ours: Answered, whose: str) -> dict[str, Any]:
+        rates = [
+            win_rate.win_rate(self.questions, ours.texts, theirs.texts, duels.judged(MODEL, whose)) for duels in said
+        ]
+        name = "win_rate" if rates[0].rate else "win_rate_unknown"  # no figure stands where none is known
+        found: dict[str, Any] = {name: told.figures(rates[0], said[0].judge)}
+        told.tell(rates[0], said[0].judge, whose)
+        if len(said) > 1:
+            found["judges"] = told.several(said, rates, MODEL, whose)
+            told.tell_several(found["judges"])
         before, after = ([float(a.finish_reason == "stop") for a in m.answers] for m in (theirs, ours))
         stops = statistics.paired(before, after, shares=True)
-        before, after = ([float(len(a.tokens)) for a in m.answers] for m in (theirs, ours))
-        lengths = statistics.paired(before, after)
-        say(f"win-rate against the {whose} {result.rate.text()}: {result.verdict}")
-        say(f"  the judge is weak: {key_points.WEAKNESS}; if the longer simply won: {result.longest_wins.text()}")
-        if result.at_equal_length:
-            say(f"  were both answers equally long: {result.at_equal_length.text()}")
+        their_tokens, our_tokens = ([len(a.tokens) for a in m.answers] for m in (theirs, ours))
+        lengths = statistics.paired(their_tokens, our_tokens)
         tokens = f"{lengths.before.value:.0f} → {lengths.after.value:.0f} tokens long"
         ending = f"{stops.before.value:.0%} → {stops.after.value:.0%} end by themselves"
         say(f"answers: {tokens}, {ending} within {self.config.max_tokens}")
-        beside = {
-            "wins": result.wins, "ties": result.ties, "losses": result.losses,
-            "sign_test_p": round(result.p_value, 4), "judge": key_points.NAME, "weakness": key_points.WEAKNESS,
-            "students_t": result.students_t, "base_against_itself": result.against_itself,
-            "longest_wins": result.longest_wins, "at_equal_length": result.at_equal_length,
-            "agrees_with_longest": result.agrees_with_longest,
-        }  # fmt: skip
-        rate = statistics.as_record(result.rate) | statistics.as_record(beside)
-        return {"win_rate": rate} | statistics.as_record({"stops_by_itself": stops, "answer_tokens": lengths})
+        found |= statistics.as_record({"stops_by_itself": stops, "answer_tokens": lengths})
+        return found | shape.compare(theirs.texts, ours.texts, their_tokens, our_tokens)
 
     def _code(self, measured: dict[str, Answered], folder: Path) -> dict[str, Any]:
         """Whether the code in the answers parses, and where that is allowed passes its tests."""
@@ -128,6 +137,16 @@ class WinRate:
         results = technical.compare(found[MODEL], found[BASE])
         say(technical.told(results))
         return dict(statistics.as_record(results))
+
+    def _write_answers(self, folder: Path, texts: dict[str, list[str]], scores: Sequence[float | None]) -> None:
+        self._write(
+            folder / "answers.jsonl",
+            lambda i: (
+                {"prompt": self.questions[i].prompt}
+                | {name: answers[i] for name, answers in texts.items()}
+                | {"score": scores[i]}
+            ),
+        )
 
     def _write(self, path: Path, row: Callable[[int], dict[str, Any]]) -> None:
         """One line a question, `row` of its number."""

@@ -15,7 +15,7 @@ from pipeline.data.rows import SHAPES, AnyRow, MultipleChoice, Question, Row, Ro
 from pipeline.data.source import Source, sources
 from pipeline.errors import UserError
 from pipeline.gate import gate as gates
-from pipeline.gate.benchmarks import forbid_tasks
+from pipeline.gate.benchmarks import READ, forbid_tasks
 from pipeline.gate.finding import Finding
 from pipeline.gate.leaks import Leaks
 from pipeline.progress import say
@@ -110,7 +110,8 @@ def evaluation_parts(workspace: Workspace, config: TrainingData) -> dict[str, ty
             where=f"training_data.eval: {config.eval}",
             remedy="the folder, or an empty one where there is no evaluation",
         )
-    parts: dict[str, type[Row]] = {f"{config.eval}/questions": Question, f"{config.eval}/choices": MultipleChoice}
+    kinds: dict[str, type[Row]] = {"questions": Question, "choices": MultipleChoice, "code": Question}
+    parts = {f"{config.eval}/{name}": kinds[name] for name in READ}
     return {name: kind for name, kind in parts.items() if workspace.path(name).exists()}
 
 

@@ -106,7 +106,7 @@ def judge(verdict: Verdict, results: dict[str, Any]) -> Verdict:
 
     A guardrail can only take away: refuted or not evaluable it decides, inconclusive it is shown and does not.
     """
-    judged = [_judge(criterion, results) for criterion in verdict.criteria]
+    judged = [_judge(criterion, results) for criterion in [*verdict.criteria, *verdict.of_profile]]
     primary = [one for one in judged if one.role == "primary"]
     guards = [one for one in judged if one.role == "guardrail" and (not primary or one.finding != "inconclusive")]
     findings = {one.finding for one in [*primary, *guards]}

@@ -15,7 +15,7 @@ import signal
 import socket
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +29,7 @@ from pipeline.progress import say
 from pipeline.records import capture, criteria, ids
 from pipeline.records.file import RecordFile
 from pipeline.records.metrics import as_metric
-from pipeline.records.schema import Facts, Failure, Input, Lineage, Status, StatusChange, Verdict
+from pipeline.records.schema import Criterion, Facts, Failure, Input, Lineage, Status, StatusChange, Verdict
 from pipeline.workspace import Workspace
 
 ENDED_EARLY = ("failed", "cancelled", "dead")  # what may be taken up again
@@ -43,6 +43,7 @@ class Record:
         self.id = file.id
         self.of_stages: dict[str, dict[str, Any]] = {}  # a pipeline experiment: the results of its stages, by name
         self.links: dict[str, Path] = {}
+        self.when_complete: list[Callable[[], None]] = []  # what wants the whole record, its cost among it
         file.folder.mkdir(exist_ok=True)
 
     @property
@@ -77,6 +78,13 @@ class Record:
             frozen = frozen or Verdict(frozen_at=self.facts.history[0].at)
             self.facts.verdict = criteria.judge(frozen, self.facts.results | self.of_stages)
             self.facts.verdict.changed_after_start = changed
+
+    def guard(self, text: str) -> None:
+        """A guardrail that the profile asks for, beside the person's criteria: frozen at the start, as the profile is."""
+        verdict = self.facts.verdict or Verdict(frozen_at=self.facts.history[0].at)
+        others = [criterion for criterion in verdict.of_profile if criterion.criterion != text]
+        guards = [*others, Criterion(criterion=text, role="guardrail")]
+        self.facts.verdict = verdict.model_copy(update={"of_profile": guards})
 
     def change_status(self, status: Status, note: str | None = None) -> None:
         self.facts.status = status

@@ -74,6 +74,7 @@ class Verdict(Part):
     frozen_at: str
     finding: Finding | None = None  # None until the run is complete
     criteria: list[Criterion] = []
+    of_profile: list[Criterion] = []  # guardrails that the profile asks for, beside the person's criteria
     judged: list[Judged] = []
     changed_after_start: list[str] = []
 

@@ -18,17 +18,22 @@ from pipeline.train.passes import Pass
 CHUNK = 1024  # positions
 
 
-def token_log_probs(model: Any, batch: Pass) -> torch.Tensor:
-    """(trained,) float32, nats. `model`: a causal language model, with or without an adapter; on the pass's device."""
-    base = bare(model)
+def token_log_probs(model: Any, batch: Pass, beside: int | None = None) -> torch.Tensor:
+    """(trained,) float32, nats. `model`: a causal language model, with or without an adapter; on the pass's device.
+
+    `beside`: (trained, 2), the second of this token at the same places.
+    """
+    base, targets = bare(model), batch.targets[:, None]
+    if beside is not None:
+        targets = torch.cat([targets, torch.full_like(targets, beside)], 1)
     if batch.documents is None:
         inputs = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
         with _head_at(base, batch.predicted_at):
             logits = base(input_ids=batch.input_ids, use_cache=False, **inputs).logits.flatten(0, -2)
         if len(logits) != len(batch.targets):  # its head could not be told where to look
             logits = logits[batch.predicted_at]
-        parts = zip(logits.split(CHUNK), batch.targets.split(CHUNK), strict=True)
-        return torch.cat([_of_targets(part, targets) for part, targets in parts])
+        parts = zip(logits.split(CHUNK), targets.split(CHUNK), strict=True)
+        return torch.cat([_of_targets(*part) for part in parts]).squeeze(1)
     hidden = base.get_decoder()(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -38,7 +43,10 @@ def token_log_probs(model: Any, batch: Pass) -> torch.Tensor:
     ).last_hidden_state
     wanted, head = hidden[0, batch.predicted_at], base.get_output_embeddings()
     if type(head) is not torch.nn.Linear or head.weight.requires_grad:  # it has an adapter, or is trained
-        return _of_targets(head(wanted), batch.targets)
+        return _of_targets(head(wanted), targets).squeeze(1)
+    if beside is not None:
+        parts = zip(wanted.to(head.weight.dtype).split(CHUNK), targets.split(CHUNK), strict=True)
+        return torch.cat([_of_targets(head(hidden), of) for hidden, of in parts])
     found: torch.Tensor = _FrozenHead.apply(wanted.to(head.weight.dtype), head.weight, head.bias, batch.targets)
     return found
 
@@ -72,8 +80,8 @@ def _head_at(base: Any, places: torch.Tensor) -> Iterator[None]:
 
 
 def _of_targets(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """(n, vocabulary), (n,) → (n,) log-probabilities."""
-    return torch.log_softmax(_wide(logits), -1).gather(-1, targets[:, None])[:, 0]
+    """(n, vocabulary), (n, k) → (n, k) log-probabilities."""
+    return torch.log_softmax(_wide(logits), -1).gather(-1, targets)
 
 
 class _FrozenHead(torch.autograd.Function):

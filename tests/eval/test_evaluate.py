@@ -112,7 +112,9 @@ def test_loss_is_paired_row_by_row_on_what_training_held_out(
     apart = [b - a for a, b in (ends(measured[end])[1:] for end in ("before", "after"))]
     assert ends(measured["delta"])[2] - ends(measured["delta"])[1] < min(apart)  # what pairing is for
     assert measured["delta"]["n"] == 5
-    assert record.facts.results["perplexity"]["after"] == pytest.approx(math.exp(measured["after"]["value"]), abs=0.01)
+    assert record.facts.results["perplexity"]["after"]["value"] == pytest.approx(
+        math.exp(measured["after"]["value"]), abs=0.01
+    )
 
 
 def test_preference_is_the_change_against_the_base_pair_by_pair(

@@ -2,7 +2,6 @@
 
 import io
 import json
-import multiprocessing
 import os
 import pydoc
 import resource
@@ -24,6 +23,7 @@ from pipeline.records import find
 from pipeline.records.find import artifacts, records
 from pipeline.records.lifecycle import liveness
 from pipeline.stage import Job, run_stage
+from tests import forked
 
 SETTINGS = ("merge_config.check_logits=false",)
 ROOM = 500_000  # bytes of a file, where the disk is full: too few for one with weights
@@ -101,9 +101,7 @@ def end_at(moment: Moment) -> None:
 
 def run(job: Job, moment: Moment | None) -> int:
     """Its exit code: negative, the signal that ended it."""
-    processes = multiprocessing.get_context("forkserver")  # what a child imports is imported once
-    processes.set_forkserver_preload(["pipeline.train.training", "pipeline.merge"])
-    process = processes.Process(target=merge, args=(job, moment))
+    process = forked.context().Process(target=merge, args=(job, moment))
     process.start()
     process.join()
     assert process.exitcode is not None
@@ -216,7 +214,7 @@ def test_a_merge_that_its_receipt_refused_is_not_gone_on_with(
     from pipeline.merging.update import LowRank
 
     honest = LowRank.merged
-    monkeypatch.setattr(LowRank, "merged", lambda update, weight, arithmetic: 2 * honest(update, weight, arithmetic))
+    monkeypatch.setattr(LowRank, "merged", lambda update, *given: honest(update, *given).mul_(2))
     with pytest.raises(StageFailed, match="away from base"):
         run_stage(Merge, in_shards())
     monkeypatch.undo()

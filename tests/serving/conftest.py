@@ -2,8 +2,6 @@
 
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,8 @@ from pipeline.data.rows import Message, Question
 from pipeline.model import Base
 from pipeline.records.file import RecordFile
 from pipeline.records.schema import Facts
-from pipeline.workspace import CHECKOUT, Workspace
+from pipeline.workspace import Workspace
+from tests.forked import Forked
 
 if TYPE_CHECKING:
     from tests.conftest import Trained
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 class Server:
     """`aletheia serve`, ready."""
 
-    process: "subprocess.Popen[str]"
+    process: Forked
     workspace: Workspace
     model: str
     address: str  # http://127.0.0.1:8000/v1
@@ -54,22 +53,19 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def serve() -> Iterator[Callable[..., Server]]:
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
     """`serve(workspace, "--from", "EXP-…")` starts a server on a free port and waits until it answers."""
-    started: list[subprocess.Popen[str]] = []
+    started: list[Forked] = []
 
     def start(workspace: Workspace, *options: str) -> Server:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "aletheia.cli", "serve", "--profile", "small", "--port", "0", *options],
-            cwd=CHECKOUT,
-            env=os.environ | {"ALETHEIA_ROOT": str(workspace.root), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        process = Forked(
+            tmp_path_factory.mktemp("serve") / "said",
+            *("serve", "--profile", "small", "--port", "0", *options),
+            environment=os.environ | {"ALETHEIA_ROOT": str(workspace.root)},
         )
         started.append(process)
         said = []
-        for line in process.stderr or ():
+        for line in process.errors():
             said.append(line)
             if found := re.match(r"serving (\S+) at (\S+)", line):
                 httpx.get(found[2].removesuffix("/v1") + "/health", timeout=60).raise_for_status()

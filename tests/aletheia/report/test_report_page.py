@@ -110,6 +110,15 @@ def test_nothing_is_loaded_from_anywhere(put: Put, page: Callable[[], Page]) -> 
     assert "default-src 'none'" in (policy["content"] or "") and "unsafe-eval" not in (policy["content"] or "")
 
 
+def test_an_evaluations_own_page_is_linked_where_there_is_one(put: Put, page: Callable[[], Page]) -> None:
+    for name in ("EXP-2026-01-01-001", "EXP-2026-01-01-002"):
+        file = put(name, {"stage": "eval", "results": {"eval_loss": change(2, 1)}})
+    file.folder.mkdir(exist_ok=True)
+    (file.folder / "result.html").write_text("<html>")
+    linked = [a["href"] for a in page().having("a") if (a["href"] or "").endswith("result.html")]
+    assert linked == ["EXP-2026-01-01-002/result.html"]
+
+
 def test_only_the_pages_own_scripts_may_run(put: Put, page: Callable[[], Page]) -> None:
     put("EXP-2026-01-01-001", {"results": {"eval_loss": change(2, 1)}}, log=[{"step": 1, "loss": 2.0}])
     found = page()

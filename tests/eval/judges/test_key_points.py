@@ -3,6 +3,7 @@
 import pytest
 
 from eval.judges import key_points
+from eval.judges.judge import Duel
 from pipeline.data.rows import Question
 
 
@@ -56,8 +57,10 @@ def test_judge_has_the_weaknesses_it_declares() -> None:
 
 @pytest.mark.parametrize(("first", "second", "expected"), [("index", "no", 1.0), ("no", "index", 0.0), ("x", "y", 0.5)])
 def test_comparison_does_not_depend_on_the_order(first: str, second: str, expected: float) -> None:
-    assert key_points.compare(question("unique index"), first, second) == expected
-    assert key_points.compare(question("unique index"), second, first) == 1 - expected
+    asked, judge = question("unique index"), key_points.judge()
+    found = judge.judge([Duel(asked, first, second), Duel(asked, second, first)])
+    assert [verdict.score for verdict in found] == [expected, 1 - expected]
+    assert judge.order_blind and judge.limits == key_points.WEAKNESS
 
 
 def test_reference_answers_beat_answers_to_other_questions() -> None:

@@ -363,3 +363,40 @@ def test_embedded_base_knows_more_than_nothing_and_less_than_all(model: Any, row
     """Uniform guessing over the vocabulary costs ln 4096 = 8.3 nats a token."""
     for loss in heldout.losses(model, rows[:2], Execution(150, packed=True), "loss"):
         assert 1.0 < loss < 0.9 * math.log(4096)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_ends_are_read_off_the_full_distribution(
+    model: Any, chat: Chat, rows: list[Encoded], packed: bool, answer_losses: Callable[..., list[float]]
+) -> None:
+    end = chat.end_of_turn_id
+    found = heldout.ends(model, rows, Execution(150, packed), "ends", end)
+    inner = bare(model)
+    installed = inner.config._attn_implementation
+    inner.set_attn_implementation("sdpa")
+    for row, of_row in zip(rows, found, strict=True):
+        with torch.no_grad():
+            likely = model(input_ids=torch.tensor([row.ids])).logits[0].double().softmax(-1)[:, end].tolist()
+        ended, inside, surprise = [], 0.0, 0.0
+        for place in (i for i, trained in enumerate(row.mask) if trained):
+            if row.ids[place] == end:
+                ended.append(likely[place - 1])
+                surprise -= math.log(likely[place - 1])
+            else:
+                inside += likely[place - 1]
+                surprise -= math.log(1 - likely[place - 1])
+        assert of_row.at_ends == pytest.approx(ended, rel=1e-3) and of_row.inside == pytest.approx(inside, rel=1e-3)
+        assert of_row.surprise == pytest.approx(surprise, rel=1e-3)
+        losses = answer_losses(model, row)
+        assert of_row.loss == pytest.approx(sum(losses) / len(losses), abs=TOLERANCE)
+    inner.set_attn_implementation(installed)
+    assert [len(of_row.at_ends) for of_row in found] == [1, 1, 1, 1, 2]  # the last has two turns
+
+
+def test_ends_go_on_with_less_when_memory_runs_out(model: Any, chat: Chat, rows: list[Encoded]) -> None:
+    whole = heldout.ends(model, rows, Execution(10_000, False), "ends", chat.end_of_turn_id)
+    how = Execution(10_000, False)
+    with watched(model, MemoryError(), lambda begun: len(begun) == 1):
+        again = heldout.ends(model, rows, how, "ends", chat.end_of_turn_id)
+    assert len(how.out_of_memory) == 1
+    assert [r.loss for r in again] == pytest.approx([r.loss for r in whole], abs=TOLERANCE)

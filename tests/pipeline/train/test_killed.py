@@ -1,7 +1,6 @@
 """Promise 5, resume is exact: killed outright at ten random moments, and resumed each time, equals uninterrupted."""
 
 import json
-import multiprocessing
 import random
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pipeline.sft import Sft
 from pipeline.stage import Job, run_stage
 from pipeline.train.checkpoints import step_of
 from pipeline.workspace import Workspace
+from tests import forked
 
 KILLS = 10
 SETTINGS = ("sft_config.epochs=6.0", "sft_config.save_steps=1", "sft_config.lora_dropout=0.2")
@@ -56,14 +56,12 @@ def test_killed_at_ten_random_moments_and_resumed_equals_uninterrupted(
     try:
         whole = run_stage(Sft, job(*SETTINGS))
         step = whole.facts.resources["wall_seconds"] / 30
-        processes = multiprocessing.get_context("forkserver")  # what a child imports is imported once
-        processes.set_forkserver_preload(["pipeline.train.training"])
         moments = random.Random(7)
         killed = taken_up = 0
         for _ in range(KILLS):
             resume, before = begun(small_talk), saved(small_talk, whole)
             wanted = before + moments.choice((0, 0, 1, 2, 3))  # counted in steps: a slow machine gets as far
-            process = processes.Process(target=train, args=(job(*SETTINGS, resume=resume),))
+            process = forked.context().Process(target=train, args=(job(*SETTINGS, resume=resume),))
             process.start()
             while process.is_alive() and saved(small_talk, whole) < wanted:
                 time.sleep(0.01)

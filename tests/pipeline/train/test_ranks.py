@@ -1,7 +1,6 @@
 """A training on two ranks: what one process learns, and one fate. Two processes with gloo, kept for all tests."""
 
 import math
-import multiprocessing
 import random
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -25,6 +24,7 @@ from pipeline.train.objective import PreferenceLoss, SupervisedLoss
 from pipeline.train.passes import Pass, supervised
 from pipeline.train.ranks import Ranks
 from pipeline.train.trainer import Execution, Step, StepTrainer
+from tests import forked
 
 EXACT = 1e-9
 SOURCE = random.Random(0)
@@ -59,7 +59,7 @@ def serve(rank: int, meeting: str, orders: Connection) -> None:
 def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
     """`both(scenario, …)`: it is called with each rank, in a process of its own; returns how each ended."""
     meeting = str(tmp_path_factory.mktemp("ranks") / "meeting")
-    context = multiprocessing.get_context("spawn")
+    context = forked.context()
     pipes = [context.Pipe() for _ in range(2)]
     processes = [
         context.Process(target=serve, args=(rank, meeting, pipe[1]), daemon=True) for rank, pipe in enumerate(pipes)

@@ -18,32 +18,47 @@ from pipeline.records.file import RecordFile
 from pipeline.sft import Sft
 from pipeline.stage import Job, run_stage
 from pipeline.workspace import CHECKOUT, Workspace
+from tests.forked import Forked
 
 EPOCHS = "sft_config.epochs=5.0"
-Start = Callable[..., "subprocess.Popen[str]"]
+TWO = ("--standalone", "--nproc-per-node", "2")
+Start = Callable[..., Forked]
+
+
+def rank(*words: str) -> None:
+    """`python -m aletheia`, but for the imports."""
+    from aletheia.cli import main
+
+    sys.argv = ["aletheia", *words]
+    try:
+        main()
+    except SystemExit as ended:
+        if ended.code:
+            raise
+
+
+def torchrun() -> None:
+    """torchrun itself, which makes a rank with `fork` where it would start an interpreter."""
+    from torch.distributed import run
+
+    honest, words = run.config_from_args, sys.argv[1:]
+    run.config_from_args = lambda arguments: (honest(arguments)[0], rank, words)
+    run.main([*TWO, "--start-method", "fork", "-m", "aletheia", *words])
 
 
 @pytest.fixture
-def two_ranks(small_talk: Workspace) -> Iterator[Start]:
-    started = []
+def two_ranks(small_talk: Workspace, tmp_path: Path) -> Iterator[Start]:
+    started: list[Forked] = []
 
-    def start(*arguments: str) -> "subprocess.Popen[str]":
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        process = subprocess.Popen(
-            [*torchrun, "-m", "aletheia", *arguments],
-            cwd=CHECKOUT,
-            env=os.environ | {"ALETHEIA_ROOT": str(small_talk.root)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
+    def start(*arguments: str) -> Forked:
+        environment = os.environ | {"ALETHEIA_ROOT": str(small_talk.root)}
+        said = tmp_path / f"said-{len(started)}"
+        started.append(Forked(said, *arguments, environment=environment, main=torchrun))
+        return started[-1]
 
     yield start
     for process in started:
-        if process.poll() is None:
-            process.terminate()
+        process.terminate()
         process.communicate(timeout=60)
 
 
@@ -63,7 +78,7 @@ def test_two_ranks_stop_together_go_on_and_learn_what_one_process_learns(
     running = two_ranks("sft", "--profile", "small", "--set", EPOCHS)
     record = RecordFile(small_talk.experiments / f"{alone[:-3]}002.yaml")
     while steps(record.folder / "log.jsonl") < 3:
-        assert running.poll() is None, running.stderr.read() if running.stderr else ""
+        assert running.poll() is None, running.communicate()[1]
         time.sleep(0.05)
     second = max(psutil.Process(running.pid).children(), key=lambda worker: worker.pid)
     second.send_signal(signal.SIGTERM)  # to the rank that keeps no record
@@ -87,7 +102,12 @@ def test_two_ranks_stop_together_go_on_and_learn_what_one_process_learns(
     assert left == {alone, record.id, f"{alone}.yaml", f"{record.id}.yaml"}
 
 
-def test_a_command_that_runs_in_one_process_is_refused_on_two(two_ranks: Start) -> None:
-    refused = two_ranks("merge", "--profile", "small")
-    out, err = refused.communicate(timeout=60)
-    assert refused.returncode and err.count("error: merge runs in one process; try") == 1 and not out
+def test_a_command_that_runs_in_one_process_is_refused_on_two(workspace: Workspace) -> None:
+    """As a person starts it: interpreters of their own."""
+    words = ["torch.distributed.run", *TWO, "-m", "aletheia", "merge", "--profile", "small"]
+    environment = os.environ | {"ALETHEIA_ROOT": str(workspace.root)}
+    refused = subprocess.run(
+        [sys.executable, "-m", *words], cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert refused.returncode and refused.stderr.count("error: merge runs in one process; try") == 1
+    assert not refused.stdout

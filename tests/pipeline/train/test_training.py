@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +25,13 @@ from pipeline.train import curves, heldout, watch
 from pipeline.train.checkpoints import NEEDED, SEAL, newest_sealed
 from pipeline.train.trainer import StepTrainer
 from pipeline.workspace import Workspace
+from tests.forked import Forked
 
-Command = Callable[..., "subprocess.Popen[str]"]
+Command = Callable[..., Forked]
 DEADLINE = 120.0  # seconds; far more than any machine needs
 
 
-def wait_until(run: "subprocess.Popen[str]", condition: Callable[[], bool]) -> None:
+def wait_until(run: Forked, condition: Callable[[], bool]) -> None:
     ends = time.monotonic() + DEADLINE
     while not condition():
         assert run.poll() is None, f"it ended first: {run.communicate()[1]}"
@@ -72,9 +72,9 @@ def assert_equals_uninterrupted(resumed: Record, trained: Any) -> None:
 
 
 def test_run_stopped_by_sigterm_and_resumed_equals_uninterrupted(
-    workspace: Workspace, job: Callable[..., Job], command: Command, trained: Any
+    workspace: Workspace, job: Callable[..., Job], forked: Command, trained: Any
 ) -> None:
-    run = command("sft", "--profile", "small")
+    run = forked("sft", "--profile", "small")
     wait_until(run, lambda: steps_logged(workspace.experiments) >= 1)
     run.send_signal(signal.SIGTERM)
     out, errors = run.communicate(timeout=DEADLINE)
@@ -91,11 +91,11 @@ def test_run_stopped_by_sigterm_and_resumed_equals_uninterrupted(
 def test_killed_run_resumed_past_a_torn_checkpoint_equals_uninterrupted(
     workspace: Workspace,
     job: Callable[..., Job],
-    command: Command,
+    forked: Command,
     trained: Any,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = command("sft", "--profile", "small")
+    run = forked("sft", "--profile", "small")
     wait_until(run, lambda: bool(list(workspace.checkpoints.glob(f"EXP-*/checkpoint-4/{SEAL}"))))
     run.kill()
     run.communicate(timeout=DEADLINE)
@@ -276,12 +276,12 @@ def test_a_part_of_an_epoch_is_validated_at_its_end(small_talk: Workspace, job: 
     assert [(line["epoch"], line["step"]) for line in validations(record)] == [(1.0, 4), (1.5, 6)]
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("rows", "drawn"), [(1, "true"), (3, "false")])
 def test_a_stop_in_a_validation_ends_it_and_a_resume_makes_up_for_it(
-    small_talk: Workspace, job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, rows: int
+    small_talk: Workspace, job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, rows: int, drawn: str
 ) -> None:
     """Stopped after the first row, or after the last, when the measurement is whole; each has a pass of its own."""
-    settings = ("sft_config.epochs=2.0", "sft_config.pass_tokens=1", "telemetry.curves=true")
+    settings = ("sft_config.epochs=2.0", "sft_config.pass_tokens=1")
     whole = run(job, *settings)
     modes = list[bool]()
 
@@ -302,14 +302,15 @@ def test_a_stop_in_a_validation_ends_it_and_a_resume_makes_up_for_it(
         patch.setattr(heldout, "Progress", Stopping)
         patch.setattr(watch.Watch, "validate", validate)
         with pytest.raises(Interrupted, match=r"interrupted by SIGTERM after step 4/8; RESUME=1"):
-            run(job, *settings)
+            run(job, *settings, f"telemetry.curves={drawn}")
     assert modes == [True]
     file, facts = next(records(small_talk))
     assert facts.status == "cancelled"
     assert [line["step"] for line in log_of(file.folder) if "eval_loss" in line] == [4] * (rows == 3)
     assert facts.results["training"]["steps"] == 4
     pictures = [small_talk.experiments / picture.path for picture in facts.visualizations]
-    assert len(pictures) == 4 and all(path.parent == file.folder and path.exists() for path in pictures)
+    assert len(pictures) == 4 * (drawn == "true")
+    assert all(path.parent == file.folder and path.exists() for path in pictures)
 
     resumed = run_stage(Sft, job(resume=True))
     assert resumed.id == file.id and adapter(resumed) == adapter(whole)
