@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from aletheia.exp.exporters.record import Finished, finished
 from aletheia.output import print_json, print_table
-from eval.contestants import BASE
+from eval.names import BASE
 from eval.review.judges import scores
 from eval.review.result import Judge, Result, judged_at_all, result
 from eval.review.session import Review, name_of, now, read_rows

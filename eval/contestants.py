@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from eval.names import BASE, MODEL, TAKEN
 from pipeline.chat import Chat
 from pipeline.errors import UserError
 from pipeline.model import Base
@@ -20,9 +21,6 @@ from pipeline.stage import Job, Source
 from serving.endpoint import Endpoint
 from serving.parity.check import names
 from serving.serve import load_source, model_name, servable
-
-MODEL, BASE = "model", "base"
-TAKEN = (MODEL, BASE, "id", "prompt", "score")  # names are keys in answers.jsonl, beside these
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from typing import Any, ClassVar, Self
 
 from eval import contestants, latency
 from eval.benchmarks.part import Benchmarks
-from eval.contestants import BASE, MODEL, Contestant
+from eval.contestants import Contestant
 from eval.heldout import HeldOut
+from eval.names import BASE, MODEL
 from eval.page.page import write_page
 from eval.page.spent import spent
 from eval.page.told import print_result
@@ -135,6 +136,8 @@ class Evaluate:
             for name, figures in found.results.pop("others", {}).items():
                 results.setdefault("others", {}).setdefault(name, {}).update(figures)
             results |= found.results
+            if "others" in results:  # after the model's own
+                results["others"] = results.pop("others")
             for criterion in found.guardrails:
                 record.guard(criterion)
             ends |= found.items

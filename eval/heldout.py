@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from eval import breakdown, endings
-from eval.contestants import BASE, Contestant
+from eval.contestants import Contestant
+from eval.names import BASE
 from eval.part import Compared, Ends, against_each
 from pipeline import statistics
 from pipeline.chat import Chat, Encoded

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from eval.contestants import BASE, MODEL, Contestant
+from eval.contestants import Contestant
+from eval.names import BASE, MODEL
 from pipeline.data.rows import Row
 
 Ends = dict[str, tuple[float, float]]  # before and after by item

@@ -17,7 +17,8 @@ from typing import Any, ClassVar, Self
 from eval.benchmarks import estimate, guards, harness, preflight
 from eval.benchmarks.estimate import Expected
 from eval.benchmarks.harness import Scores
-from eval.contestants import BASE, MODEL, Contestant
+from eval.contestants import Contestant
+from eval.names import BASE, MODEL
 from eval.part import Compared, against_each
 from pipeline import statistics
 from pipeline.config import Profile

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from eval.contestants import BASE, MODEL
+from eval.names import BASE, MODEL
 from pipeline.records import items
 from pipeline.records.metrics import as_metric
 

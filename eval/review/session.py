@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from eval.contestants import MODEL
+from eval.names import MODEL
 from eval.review import blind, store, tally
 from eval.review.shown import tree
 from eval.review.store import Line, Plan, Stale, Store, Told

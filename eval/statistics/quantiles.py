@@ -23,4 +23,5 @@ def quantile(values: Sequence[float], share: float) -> Figure:
     found = Figure(value=round(float(np.quantile(ordered, share)), 6), n=n)
     if first < 1 or last + 1 > n:
         return found
-    return found.model_copy(update={"ci_low": float(ordered[first - 1]), "ci_high": float(ordered[last])})
+    low, high = (round(float(ordered[place]), 6) for place in (first - 1, last))
+    return found.model_copy(update={"ci_low": low, "ci_high": high})

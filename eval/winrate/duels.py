@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from eval.contestants import BASE, MODEL
 from eval.judges.judge import Duel, Judge, Verdict
+from eval.names import BASE, MODEL
 from eval.statistics.bradley_terry import Ranking, Vote, rank
 from eval.winrate.win_rate import Judged, families_of
 from pipeline.data.rows import Question

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from eval import shape, technical
-from eval.contestants import BASE, MODEL, Contestant
+from eval.contestants import Contestant
 from eval.judges.endpoint import CHARACTERS_A_TOKEN
 from eval.judges.judge import Judge
 from eval.judges.panel import find_judges, refuse_contestants
+from eval.names import BASE, MODEL
 from eval.part import Compared, against_each
 from eval.sandbox import sandbox
 from eval.winrate import told, win_rate

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from eval.contestants import BASE, MODEL, Contestant
+from eval.contestants import Contestant
 from eval.heldout import HeldOut, Measured
+from eval.names import BASE, MODEL
 from pipeline.chat import Chat
 from pipeline.config import EvalConfig
 from pipeline.data.read import read_rows

@@ -12,8 +12,9 @@ import pytest
 from eval.benchmarks import estimate
 from eval.benchmarks.harness import Scores
 from eval.benchmarks.part import Benchmarks
-from eval.contestants import BASE, MODEL, Contestant
+from eval.contestants import Contestant
 from eval.evaluate import Evaluate
+from eval.names import BASE, MODEL
 from pipeline.chat import Chat
 from pipeline.errors import StageFailed, UserError
 from pipeline.model import Base
