@@ -232,7 +232,7 @@ def why_offline() -> str | None:
         return "HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set"
     try:
         httpx.head(constants.ENDPOINT, timeout=10, follow_redirects=True)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL, ImportError, ValueError) as error:  # the last two: of an odd proxy
         return f"{constants.ENDPOINT} cannot be reached ({type(error).__name__})"
     return None
 
