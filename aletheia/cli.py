@@ -236,6 +236,8 @@ def eval_(
     from eval.evaluate import NAMED, Evaluate
 
     for part in parts or []:
+        if part == "prefetch":
+            raise UserError("prefetch stands alone", where="eval", remedy="aletheia eval prefetch, and then this")
         if part not in NAMED:
             raise UserError(f"there is no part `{part}`", where="eval", remedy=", ".join(NAMED))
     given = [f"eval_config.endpoint={endpoint}"] if endpoint is not None else []

@@ -22,7 +22,7 @@ from eval.names import BASE
 from eval.review.judges import scores
 from eval.review.result import Judge, Result, judged_at_all, result
 from eval.review.session import Review, name_of, now, read_rows
-from eval.review.store import RATINGS, VOTES
+from eval.review.store import RATINGS, VOTES, Told
 from eval.statistics import sequential
 from pipeline.errors import UserError
 from pipeline.progress import say
@@ -76,7 +76,7 @@ def show_result(workspace: Workspace, exp: str, against: str, early: bool, as_js
         found = result(tally, judged_at_all(judged, tally))
         if not found.votes:
             raise UserError("holds no vote yet", where=record.id)
-        _write(record, facts, review, found, early=not tally.may_open)
+        _write(record, facts, review, found, told, early=not tally.may_open)
     if as_json:
         print_json(found.as_record())
     else:
@@ -117,13 +117,19 @@ def _facts(record: Finished) -> Facts:
 def _note_plan(record: Finished, review: Review) -> None:
     """Before the first vote: the commitment in the record is what shows later that the key was there first."""
     facts = _facts(record)
-    known = facts.data.setdefault(NAME, {})
-    if review.plan.against not in known:
-        known[review.plan.against] = asdict(review.plan)
-        record.file.write(facts)
+    known, against = facts.data.setdefault(NAME, {}), review.plan.against
+    noted = known.get(against)
+    before = dict(noted) if isinstance(noted, dict) else {}
+    if before.get("commitment") == review.plan.commitment:
+        return
+    earlier = {"abandoned": [*before.pop("abandoned", []), before]} if before else {}
+    if earlier:
+        say(f"note: {record.id}: an earlier review of the same answers was abandoned, and the record says so")
+    known[against] = asdict(review.plan) | earlier
+    record.file.write(facts)
 
 
-def _write(record: Finished, facts: Facts, review: Review, found: Result, early: bool) -> None:
+def _write(record: Finished, facts: Facts, review: Review, found: Result, told: Told, early: bool) -> None:
     against = review.plan.against
     plan = facts.data.setdefault(NAME, {}).setdefault(against, asdict(review.plan))
     decided = found.wins + found.losses + found.ties + found.both_bad
@@ -132,6 +138,9 @@ def _write(record: Finished, facts: Facts, review: Review, found: Result, early:
     place[NAME] = found.as_record()
     if looks := sum("early" in look for look in plan["opened"]):
         place[NAME]["early_looks"] = looks
+    if late := sum(line.at > plan["opened"][0]["at"] for line in told.lines):
+        place[NAME]["votes_after_opening"] = late
+        say(f"note: {late} votes or undos came after it was first opened: they count, and the record says so")
     verdict = facts.verdict
     if verdict and any(NAME in one.criterion for one in verdict.criteria):  # frozen before, and only now to be judged
         facts.verdict = criteria.judge(verdict, facts.results)

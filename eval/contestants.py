@@ -5,6 +5,7 @@ also: [EXP-2026-11-20-001]         the model of another record
 also: ["http://host:8000/v1#name"] whatever answers there, in the win-rate alone
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +57,8 @@ def others(job: Job, source: Source, base: Base, chat: Chat) -> list[Contestant]
         other = _server(wanted, chat) if "://" in wanted else _record(job, wanted, source, base, chat)
         if other and other.name in (*TAKEN, *(known.name for known in found)):
             raise job.profile.error("eval_config.also", f"{other.name} is taken as a name", "each once")
+        if other and other.input and other.input.id in [known.input.id for known in found if known.input]:
+            raise job.profile.error("eval_config.also", f"{other.name} is {other.input.id}, named before", "each once")
         found += [other] if other else []
     return found
 
@@ -65,9 +68,8 @@ def _server(url: str, chat: Chat) -> Contestant:
     endpoint = Endpoint(address, (model,) if model else ())
     if model and endpoint.model != model:
         raise UserError(f"serves no model called {model}", where=address, remedy=endpoint.model)
-    return Contestant(
-        endpoint.model.replace("/", "-"), f"{endpoint.model} at {endpoint.root}", chat, _nothing, endpoint
-    )
+    name = re.sub(r"[^\w-]+", "-", endpoint.model).strip("-")  # one key of a dotted path: `others.qwen2-5.win_rate`
+    return Contestant(name or "server", f"{endpoint.model} at {endpoint.root}", chat, _nothing, endpoint)
 
 
 def _record(job: Job, wanted: str, judged: Source, base: Base, chat: Chat) -> Contestant | None:

@@ -8,7 +8,9 @@ same call and the same estimate of pass@k (Chen et al. 2021, arXiv 2107.03374, e
     filter_list: [{name: code, filter: [{function: code_after_prompt}]}]
 
 A program passes when it and its tests run to their end within `LIMITS`. It has Python's standard library alone, so that a
-solution that imports numpy does not pass. Programs can see that they are tested: tests find mistakes, not malice.
+solution that imports numpy does not pass. What a program does to its files, to builtins, or to its output changes nothing for
+its tests; but it shares their process, and one that means to (a result that equals everything, a look into its caller's frame)
+passes: tests find mistakes, not malice.
 """
 
 import math
@@ -21,14 +23,16 @@ from eval.sandbox.sandbox import Limits
 
 LIMITS = Limits(cpu=10, wall=15.0)
 _MAIN = """\
-import sys, types
+import os, sys, types
 module = types.ModuleType("candidate")
 sys.modules["candidate"] = module
+codes, run, tell = [], exec, os.write  # before the program runs, which may change any of them
 for name in ("candidate.py", "tests.py"):
     with open(name, encoding="utf-8") as text:
-        code = compile(text.read(), name, "exec")
-    exec(code, module.__dict__)
-print("\\n{end}", end="")
+        codes.append(compile(text.read(), name, "exec"))
+for code in codes:
+    run(code, module.__dict__)
+tell(1, b"{end}")
 """
 
 
@@ -64,7 +68,7 @@ def problem(program: str, tests: str) -> str | None:
     files = {"candidate.py": program, "tests.py": tests}
     files = {name: text.encode("utf-8", "replace").decode() for name, text in files.items()}  # no half characters
     outcome = sandbox.run("python", _MAIN.format(end=end), LIMITS, files)
-    if outcome.passed and not outcome.stdout.endswith(end):
+    if outcome.passed and end not in outcome.stdout:
         return "ended before its tests did"
     return outcome.problem
 

@@ -122,7 +122,7 @@ def share_within(expected: Expected, most: float | None) -> float:
     if left < min(FEWEST, expected.items[smallest]):
         raise StageFailed(
             f"benchmarks would take {expected.time()}, and {duration(most * 3600)} are allowed: too few items would be left",
-            remedy=f"eval_config.max_hours={expected.hours:.2g}, or fewer eval_config.tasks",
+            remedy=f"eval_config.max_hours={1.1 * expected.hours:.2g}, or fewer eval_config.tasks",
         )
     say(
         f"benchmarks: {expected.time()} are more than eval_config.max_hours={most:g}: {share:.0%} of each task's items, drawn"

@@ -47,12 +47,19 @@ class Benchmarks:
         config = job.config.eval_config
         if unknown := [name for name in config.guard_tasks if name not in config.tasks]:
             raise job.profile.error(
-                "eval_config.guard_tasks", f"{unknown[0]} is not among eval_config.tasks", ", ".join(config.tasks)
+                "eval_config.guard_tasks",
+                f"{unknown[0]} is not among eval_config.tasks",
+                f"{unknown[0]} there too, or eval_config.guard_tasks=[]",
             )
         if not config.tasks:
             return cls(job.config)
         tasks = find_tasks(job.workspace.path(job.config.training_data.eval), config.tasks)
         found = preflight.check(tasks, config.run_code)
+        for name, why in found.left_out.items():
+            if why.startswith(preflight.UNKNOWN):  # a mistake, found now and not in the record tomorrow
+                raise job.profile.error(
+                    "eval_config.tasks", f"{name}: {why}", "one of lm-eval's names, or of data/eval/tasks"
+                )
         if found.left_out:
             say("\n  ".join(["benchmarks:", *found.lines()]))
         if not found.ready:
@@ -139,9 +146,6 @@ class Benchmarks:
             shares = set(before + after) <= {0.0, 1.0}
             change = statistics.paired(before, after, shares=shares)
             p = _mcnemar(before, after) if shares else _t_test(before, after)
-            verdict = change.verdict(scores.lower_is_better)
-            than = "" if whose == BASE else f", from {whose}"
-            say(f"{name} {scores.metric} {change.before.text()} → {change.after.text()}{than}: {verdict}")
             results[name] = statistics.as_record(
                 {**change.model_dump(exclude_none=True), "metric": scores.metric, "version": scores.version}
             ) | {"mcnemar_p" if shares else "t_test_p": round(p, 4), "asked": scores.prompt | {"of": self._whole(name)}}
@@ -149,6 +153,10 @@ class Benchmarks:
             found.items[f"benchmarks.{name}"] = {i: (theirs[name].items[i], s) for i, s in scores.items.items()}
         for name, p in statistics.holm({name: loss.p for name, loss in losses.items()}).items():
             results[name]["holm_p"] = round(p, 4)  # of so many tasks
+            change, doubted = losses[name].change, p >= guards.ALPHA
+            verdict = "no difference shown" if doubted else change.verdict(losses[name].lower_is_better)
+            than = "" if whose == BASE else f", from {whose}"
+            say(f"{name} {ours[name].metric} {change.before.text()} → {change.after.text()}{than}: {verdict}")
         found.results["benchmarks"] = results
         if named := self.config.eval_config.guard_tasks:
             missing = {

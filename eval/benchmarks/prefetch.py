@@ -15,7 +15,7 @@ from eval.benchmarks import preflight
 from pipeline.errors import StageFailed, UserError
 from pipeline.progress import say
 from pipeline.stage import Job
-from pipeline.stock_tasks import why_offline
+from pipeline.stock_tasks import known_names, why_offline
 from pipeline.tasks import find_tasks, task_name
 
 
@@ -40,8 +40,10 @@ def prefetch(job: Job) -> list[Fetched]:
     from huggingface_hub import constants
 
     names = job.config.eval_config.tasks
+    if not names:
+        raise UserError("names no task, so there is nothing to fetch", where="eval_config.tasks")
     tasks = find_tasks(job.workspace.path(job.config.training_data.eval), names)
-    from_hub = [task for task in tasks if isinstance(task, str)]
+    from_hub = {task for task in tasks if isinstance(task, str)} & {*known_names()}
     if from_hub and (why := why_offline()):
         raise UserError(why, where="eval prefetch", remedy="a machine with a network, and its HF_HOME copied here")
     found = preflight.check(tasks, run_code=True, online=True, only_fetch=True)

@@ -4,7 +4,7 @@
     found.ready          their items at hand: what is loaded here is what runs
     found.left_out       {"hellaswag": "its data is not on this machine: aletheia eval prefetch"}
 
-A task is left out where its name is unknown, where it runs code that a model wrote and `run_code` is not true or there is no
+A task is left out where its name is unknown (which an evaluation refuses), where it runs code that a model wrote and `run_code` is not true or there is no
 sandbox, where it would run such code by itself, and where its data cannot be had. Nothing is imported of the first three.
 """
 
@@ -20,6 +20,7 @@ from pipeline.stock_tasks import Stock, hub, why_offline
 from pipeline.tasks import task_name
 
 SEED = 1234  # of the examples before a question
+UNKNOWN = "there is no such task"
 Tasks = Sequence[dict[str, Any] | str]
 
 
@@ -72,7 +73,7 @@ def check(tasks: Tasks, run_code: bool, online: bool | None = None, only_fetch: 
             assert known is not None
             if name in known.unknown:
                 near = difflib.get_close_matches(name, [*own, *stock_tasks.known_names()], 1)
-                found.left_out[name] = "there is no such task" + (f"; did you mean {near[0]}?" if near else "")
+                found.left_out[name] = UNKNOWN + (f"; did you mean {near[0]}?" if near else "")
                 continue
             try:
                 leaves = {leaf: known.config(leaf) for leaf in known.leaves(name)}

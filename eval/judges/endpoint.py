@@ -9,8 +9,11 @@ asked, ALETHEIA_API_KEY where this machine is. No host is sent another's.
 """
 
 import os
+import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from ipaddress import ip_address
 from threading import Lock
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,15 +24,15 @@ from eval.judges.judge import Duel, Spent, Verdict
 from eval.judges.kept import Kept, key
 from pipeline.config import EndpointJudge as Settings
 from pipeline.errors import UserError
-from pipeline.progress import Progress, say
+from pipeline.progress import Progress, printable, say
 from pipeline.workspace import Workspace
 from serving.client import address_of, api_key
 
 KEY = "ALETHEIA_JUDGE_API_KEY"
 NO_KEY = "none"  # the client wants one
-HERE = ("127.0.0.1", "localhost", "::1")
 READINGS = 3  # answers asked for until one holds a verdict
 IN_A_ROW = 5  # duels that the server failed, one after the other: it is gone
+NOT_ITS_SHAPE = (AttributeError, LookupError, RecursionError, TypeError, ValueError)  # a page of HTML, half of a JSON
 CHARACTERS_A_TOKEN = 3  # of English and code, rather few: a forecast may be too high
 
 
@@ -63,14 +66,17 @@ class Endpoint:
         from openai import OpenAI
 
         self.settings, self.currency, self.spent = settings, currency, Spent()
-        self.root = address_of(settings.endpoint)
+        address, _, model = settings.endpoint.partition("#")
+        if model:
+            raise UserError("a judge's address has no #", where=settings.endpoint, remedy=f"model: {model}")
+        self.root = address_of(address)
         self._client = OpenAI(
             base_url=self.root, api_key=_key(self.root), timeout=settings.timeout, max_retries=settings.retries
         )
         self.cards = self._shown()
         self.model = self._named()
         self.based_on = str(self._card(self.model).get("parent") or "")
-        self.name = f"{self.model} at {urlsplit(self.root).netloc}"
+        self.name = printable(f"{self.model} at {urlsplit(self.root).netloc}")
         self._depends = (self.root, self.known_as(self.model), settings.temperature, settings.max_tokens)
         self._kept = Kept(workspace, key(*self._depends))
         self._manner, self._lock = Manner(), Lock()
@@ -89,7 +95,7 @@ class Endpoint:
         except APIConnectionError as error:
             what = f"the judge cannot be reached ({type(error).__name__})"
             raise UserError(what, where=self.root, remedy="eval_config.judges") from None
-        except (APIError, AttributeError, TypeError, ValueError):
+        except (APIError, *NOT_ITS_SHAPE):
             return []
 
     def _named(self) -> str:
@@ -115,8 +121,9 @@ class Endpoint:
         tokens_in, tokens_out = letters // CHARACTERS_A_TOKEN, len(new) * self.settings.max_tokens
         cost = self._price(tokens_in, tokens_out)
         priced = "no price known" if cost is None else f"about {cost:.2f} {self.currency}"
+        known = f" ({len(duels) - len(new)} kept from before)" if len(new) < len(duels) else ""
         return (
-            f"{len(new)} calls ({len(duels) - len(new)} kept from before), about {tokens_in:,} tokens in and up to "
+            f"up to {len(new)} calls{known}, about {tokens_in:,} tokens in and up to "
             f"{tokens_out:,} out: {priced}, {READINGS} times as much where none can be read"
         )
 
@@ -162,8 +169,8 @@ class Endpoint:
             verdict = Verdict(None, f"{error.status_code} {self._said(error)}")
         except APIConnectionError as error:  # a timeout too
             lasting, verdict = True, Verdict(None, f"no answer ({type(error).__name__})")
-        except (APIError, AttributeError, IndexError, TypeError, ValueError) as error:
-            lasting, verdict = False, Verdict(None, f"the answer has not OpenAI's shape ({type(error).__name__})")
+        except APIError as error:
+            lasting, verdict = False, Verdict(None, f"no answer that can be used ({type(error).__name__})")
         else:
             lasting = False
         with self._lock:
@@ -175,11 +182,16 @@ class Endpoint:
     def _read(self, duel: Duel) -> Verdict:
         why = ""
         for _ in range(READINGS):
-            asked, choice = self._ask(duel)
-            text = choice.message.content or ""
+            try:
+                asked, choice = self._ask(duel)
+                text = choice.message.content or ""
+                verdict = prompt.read(text, asked)
+            except NOT_ITS_SHAPE as error:
+                why = f"the answer has not OpenAI's shape ({type(error).__name__})"
+                continue
             if choice.finish_reason == "length":  # what came last may not be its last word
                 why = f"cut off at {self.settings.max_tokens} tokens"
-            elif verdict := prompt.read(text, asked):
+            elif verdict:
                 return verdict
             else:
                 why = f"no verdict in its answer: {' '.join(text.split())[-80:]!r}"
@@ -228,13 +240,29 @@ class Endpoint:
         spent = self.spent
         with self._lock:
             spent.calls += 1
-            spent.tokens_in += getattr(usage, "prompt_tokens", 0) or 0
-            spent.tokens_out += getattr(usage, "completion_tokens", 0) or 0
+            spent.tokens_in += _number(getattr(usage, "prompt_tokens", 0))
+            spent.tokens_out += _number(getattr(usage, "completion_tokens", 0))
             spent.cost = self._price(spent.tokens_in, spent.tokens_out)
+
+
+def _number(said: Any) -> int:
+    return said if isinstance(said, int) else 0
 
 
 def _as_one(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     return [{"role": "user", "content": "\n\n".join(message["content"] for message in messages)}]
+
+
+def is_here(host: str) -> bool:
+    """Whether it is this machine, however that is spelt: localhost, 127.1, ::1, 0.0.0.0. No name is looked up."""
+    with suppress(OSError):
+        host = socket.inet_ntoa(socket.inet_aton(host))
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return host.rstrip(".") == "localhost"
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_unspecified
 
 
 def _key(root: str) -> str:
@@ -242,7 +270,7 @@ def _key(root: str) -> str:
     own = os.environ.get(KEY)
     if not own and (host == "api.openai.com" or host.endswith(".api.openai.com")):
         own = os.environ.get("OPENAI_API_KEY")
-    if not own and host in HERE:
+    if not own and is_here(host):
         own = api_key()
     if own and not (own.isascii() and own.isprintable() and own == own.strip()):
         what = "holds a space at an end, a control character or one beyond ASCII, which no request can send"

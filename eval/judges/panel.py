@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from eval.contestants import Contestant
 from eval.judges import key_points
-from eval.judges.endpoint import HERE, Endpoint
+from eval.judges.endpoint import Endpoint, is_here
 from eval.judges.judge import Judge, Score, winner
 from eval.judges.reward_model import RewardModel
 from eval.statistics.agreement import alpha, on_decisive
@@ -31,10 +31,18 @@ def find_judges(job: Job) -> list[Judge]:
             judge = RewardModel(folder, job.workspace.shown(folder), job.config.device, settings.tie_margin)
         else:
             judge = key_points.judge()
-        if judge.name in [other.name for other in found]:
+        if any(_same(judge, other) for other in found):
             raise job.profile.error("eval_config.judges", f"{judge.name} judges twice", "each once")
         found.append(judge)
     return found
+
+
+def _same(judge: Judge, other: Judge) -> bool:
+    """By name, or two spellings of one address; weights that have two names are one judge too."""
+    if not (isinstance(judge, Endpoint) and isinstance(other, Endpoint)):
+        return judge.name == other.name
+    known, others = (_forms(*each.known_as(each.model)) for each in (judge, other))
+    return _place(judge.root) == _place(other.root) and bool(known & others)
 
 
 def refuse_contestants(judges: Sequence[Judge], contestants: Sequence[Contestant]) -> None:
@@ -63,7 +71,7 @@ def _forms(*names: str) -> set[str]:
 def _place(root: str) -> tuple[str, int | None]:
     parts = urlsplit(root)
     host = parts.hostname or ""
-    return ("here" if host in HERE else host), parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    return ("here" if is_here(host) else host), parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 @dataclass(frozen=True)

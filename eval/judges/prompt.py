@@ -48,9 +48,19 @@ Give your reason in one or two sentences. Then end with one line of its own:
 VERDICT {mark}: WORD
 where WORD is {first} when the first answer is better, {second} when the second is, or {tie}.
 """
-# What chat templates are made of: <|…|>, <｜…｜>, [INST], <<SYS>>, <s>, <eos>, <think>, <start_of_turn>
-_SPECIAL = re.compile(r"<(?=[|｜])|\[(?=/?(?:INST|SYS)\])|<(?=<?/?SYS>)|<(?=/?(?:s|bos|eos|unk|pad|think|\w+_of_\w+)>)")
+# What chat templates are made of: <|…|>, <｜…｜>, <turn|>, [|…|], [INST], <<SYS>>, <s>, <eos>, <think>, <start_of_turn>
+_SPECIAL = re.compile(
+    r"<(?=[|｜]|\w+[|｜]>|<?/?SYS>)|\[(?=\|\w+\|\]|/?(?:INST|SYS|SYSTEM_PROMPT|THINK|(?:AVAILABLE_)?TOOLS?\w*|gMASK)\])"
+    r"|<(?=/?(?:s|[bes]o[sp]|unk|pad|mask|(?:[BE]OS|PAD)_TOKEN|think\w*|tool_\w+|seed:\w+|\w+_of_\w+)>)"
+    r"|<(?=(?:unused|extra_id_|reserved_|SPECIAL_)\d+>)",
+    re.IGNORECASE,
+)
 _UNSEEN = {"Cc", "Cf", "Co", "Cs"}  # control, format (also directions and tags), private, half a character
+# Fillers, line separators and variation selectors, in which whole texts can be hidden; one behind an emoji is its colour
+_UNSEEN_TOO = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u2028\u2029\u2065\u2800\u3164\uffa0\ufff0-\ufff8"
+    "\ufe00-\ufe0e\U000e0000-\U000e0fff]|\ufe0f{2,}"
+)
 _THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)  # before the answer; elsewhere it may be a quotation
 _LONGEST_REASON = 400
 
@@ -97,10 +107,15 @@ def _listed(points: list[str]) -> str:
 def shown(text: str) -> str:
     """As a judge reads it: nothing in it that a chat template would obey, or that a person would not see."""
     seen = "".join(
-        f"\\u{{{ord(c):x}}}" if unicodedata.category(c) in _UNSEEN and c not in "\n\t" else c
+        _written_out(c) if unicodedata.category(c) in _UNSEEN and c not in "\n\t" else c
         for c in text.replace("\r\n", "\n")
     )
+    seen = _UNSEEN_TOO.sub(lambda found: _written_out(found[0]), seen)
     return _SPECIAL.sub(lambda found: found[0] + "\u200b", seen)
+
+
+def _written_out(letters: str) -> str:
+    return "".join(f"\\u{{{ord(c):x}}}" for c in letters)
 
 
 def read(answer: str, asked: Asked) -> Verdict | None:
@@ -124,11 +139,13 @@ def _from_json(answer: str) -> Verdict | None:
 
 
 def _from_text(answer: str, mark: str) -> Verdict | None:
-    line = rf"^\W*verdict\W{{1,4}}{mark}\W{{1,6}}({'|'.join(SCORES)})\W*$"
+    around = r"(?:[^\w\n]|_)*"  # such as **…** or __…__, on this line
+    line = rf"^{around}verdict\W{{1,4}}{mark}\W{{1,6}}({'|'.join(SCORES)}){around}$"
     found = list(re.finditer(line, answer, re.IGNORECASE | re.MULTILINE))
-    if not found:
+    word = found[-1][1].lower() if found else ""
+    if word not in SCORES:  # `firſt` too is `first` where case does not count
         return None
-    return Verdict(SCORES[found[-1][1].lower()], _reason(answer[: found[-1].start()]))
+    return Verdict(SCORES[word], _reason(answer[: found[-1].start()]))
 
 
 def _reason(said: Any) -> str:

@@ -69,7 +69,8 @@ class Claim:
         """That would decide it, were the difference to stay; None where that cannot be told, or no n would."""
         if self.needed is not None or (self.doubt and self.change.verdict(self.lower_is_better) != NOTHING):
             return self.needed
-        return rows_that_decide(self.change.delta)
+        share = self.change.after.value if self.chance is not None else 0.0
+        return rows_that_decide(self.change.delta, max(0.0, share * (1 - share)) ** 0.5)
 
     @property
     def open(self) -> str:
@@ -105,9 +106,13 @@ def by_domain(results: dict[str, Any]) -> list[Claim]:
     ]
 
 
-def rows_that_decide(delta: Figure) -> int | None:
-    """`statistics.rows_needed`, with the spread that the figure's own interval tells; None where nothing can be told."""
+def rows_that_decide(delta: Figure, least: float = 0.0) -> int | None:
+    """`statistics.rows_needed`, with the spread that the figure's own interval tells; None where nothing can be told.
+
+    `least`: a share's own spread. Wilson's interval is narrower than that at small n, and would name too few rows.
+    """
     deviation = spread(delta)
+    deviation = None if deviation is None else max(deviation, least)
     if deviation is None or delta.n < FEWEST or not delta.value or abs(delta.value) * MOST < deviation:
         return None
     needed = statistics.rows_needed(delta.value, deviation)

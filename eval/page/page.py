@@ -33,7 +33,7 @@ def write_page(file: RecordFile) -> Path:
     facts = file.facts()
     if facts is None or facts.stage != "eval":
         what = "a plan: nothing has run" if facts is None else f"a record of {facts.stage}, not of an evaluation"
-        raise UserError(f"is {what}", where=str(file.path), remedy="make eval")
+        raise UserError(f"is {what}", where=file.id, remedy="a record that aletheia eval made")
     path = file.folder / NAME
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, page(file, facts).encode("utf-8", "replace"))

@@ -79,7 +79,7 @@
   }
 
   function show(told) {
-    const { done, total, item, seconds_left: seconds, may_open: may } = state;
+    const { done, total, item, seconds_left: seconds, complete } = state;
     for (const one of document.querySelectorAll(".progress, .tick, #who")) one.hidden = false;
     find("bar").max = total;
     find("bar").value = done;
@@ -92,9 +92,9 @@
     for (const button of buttons) button.hidden = !item && button.id !== "undo";
     find("done").hidden = Boolean(item);
     find("told").textContent = told;
-    find("then").textContent = may
+    find("then").textContent = complete
       ? "The review can be opened: aletheia review EXP --result, in the terminal."
-      : "It stays closed until the others have judged too.";
+      : "It opens once others have judged too, or once the evidence is enough.";
     if (item) {
       find("place").textContent = `Question ${done + 1} of ${total}`;
       find("prompt").replaceChildren(...item.prompt.map(grown));

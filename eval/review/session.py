@@ -48,7 +48,7 @@ def read_rows(path: Path, against: str, shown: str) -> Rows:
             raise UserError(f"the prompt {name} stands there twice", where=shown)
         prompts[name], answers[name] = prompt, (ours, theirs)
     others = sorted({key for row in found for key, value in row.items() if isinstance(value, str)} - {"id", "prompt"})
-    if not prompts or against == MODEL:
+    if not prompts or against not in others or against == MODEL:
         known = ", ".join(name for name in others if name != MODEL) or "aletheia eval winrate"
         raise UserError(f"holds no answers of `{against}` beside the model's", where=shown, remedy=known)
     if len(prompts) < len(found):
@@ -99,7 +99,7 @@ class Review:
             "done": done,
             "total": len(queue),
             "seconds_left": _seconds_left(mine, len(queue) - done),
-            "may_open": self.tally(told).may_open,
+            "complete": self.tally(told).complete,  # not may_open: by undoing one could ask which side would
             "item": self._shown(item) if item else None,
             "undone": _undone(mine),
         }

@@ -32,6 +32,8 @@ from serving.endpoint import answer_all
 from serving.engine import Answer, Sampling
 from serving.transformers_backend.engine import generate_all
 
+HALVES = "backslashreplace"  # half a character is no UTF-8; so written it is JSON's own escape
+
 
 @dataclass
 class Answered:
@@ -57,7 +59,7 @@ class WinRate:
         asked = sample(questions, config.questions)
         if len(asked) < len(questions):
             say(f"win-rate: {len(asked)} of {len(questions)} open questions (eval_config.questions)")
-        say(f"win-rate: {win_rate.planned_precision(len(asked))}")
+        say(f"win-rate: {win_rate.planned_precision(asked)}")
         if config.run_code:
             _check_tests(asked)
         judges = find_judges(job)
@@ -93,7 +95,7 @@ class WinRate:
         self._write_answers(folder, texts, [None] * len(self.questions))  # kept, whatever becomes of the judges
         said = [ask(judge, self.questions, texts) for judge in self.judges]
         self._write_answers(folder, texts, said[0].judged(MODEL, BASE).scores)
-        with (folder / "verdicts.jsonl").open("w", encoding="utf-8") as out:
+        with (folder / "verdicts.jsonl").open("w", encoding="utf-8", errors=HALVES) as out:
             for row in (row for duels in said for row in duels.rows()):
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
         found = against_each(measured, lambda theirs, ours, whose: Compared(self._figures(said, theirs, ours, whose)))
@@ -151,7 +153,7 @@ class WinRate:
 
     def _write(self, path: Path, row: Callable[[int], dict[str, Any]]) -> None:
         """One line a question, `row` of its number."""
-        with path.open("w", encoding="utf-8") as out:
+        with path.open("w", encoding="utf-8", errors=HALVES) as out:
             for i, question in enumerate(self.questions):
                 out.write(json.dumps({"id": question.id} | row(i), ensure_ascii=False) + "\n")
 

@@ -8,7 +8,7 @@ from eval.judges.judge import Judge, Spent
 from eval.judges.panel import MAJORITY, agreement, majority
 from eval.statistics.bradley_terry import Ranking
 from eval.winrate.duels import Duels
-from eval.winrate.win_rate import Group, WinRate
+from eval.winrate.win_rate import Group, WinRate, families_of
 from pipeline import statistics
 from pipeline.progress import say
 from pipeline.statistics import CONFIDENCE
@@ -53,14 +53,15 @@ def several(said: Sequence[Duels], rates: Sequence[WinRate], ours: str, theirs: 
     """Each further judge's own rate, how far all of them agree, and what most of them say."""
     scores = {duels.judge.name: duels.judged(ours, theirs).scores for duels in said}
     agreed, most = agreement(scores), majority(scores)
-    cast = [score for score in most if score is not None]
+    cast, families = [score for score in most if score is not None], families_of(said[0].questions)
+    clusters = families and [family for family, score in zip(families, most, strict=True) if score is not None]
     found: dict[str, Any] = {
         key(duels.judge.name): figures(rate, duels.judge) for duels, rate in zip(said[1:], rates[1:], strict=True)
     }
     between = {f"{key(a)}_and_{key(b)}": figure for (a, b), figure in agreed.pairs.items() if figure}
     found["agreement"] = ({"alpha": agreed.alpha} if agreed.alpha else {}) | between
     if cast:
-        found["majority"] = statistics.as_record(statistics.rate(cast)) | {
+        found["majority"] = statistics.as_record(statistics.rate(cast, clusters)) | {
             "judge": MAJORITY, "unscored": len(most) - len(cast)
         }  # fmt: skip
     return dict(statistics.as_record(found))

@@ -104,10 +104,13 @@ class WinRate:
         return notes
 
 
-def planned_precision(n: int) -> str:
-    """What to say before the run."""
-    least = statistics.smallest_difference(n, USUAL_DEVIATION)
-    return f"{n} questions can show a win-rate that differs from 0.5 by {least:.2f} or more (80 % power)"
+def planned_precision(questions: Sequence[Question]) -> str:
+    """What to say before the run; of each family as if its questions were one."""
+    n, families = len(questions), families_of(questions)
+    units = len(set(families)) if families else n
+    least = statistics.smallest_difference(units, USUAL_DEVIATION)
+    asked = f"{n} questions" if units == n else f"{n} questions of {units} families"
+    return f"{asked} can show a win-rate that differs from 0.5 by {least:.2f} or more (80 % power)"
 
 
 def win_rate(

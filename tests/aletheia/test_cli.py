@@ -104,6 +104,8 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "no such port": (("serve", *SMALL, "--port", "70000"), "error: --set: serve_config.port: must be"),
     "a port of letters": (("serve", *SMALL, "--port", "http"), "error: .*--port.*; try aletheia serve --help"),
     "no such part": (("eval", "heldot", *SMALL), "error: eval: there is no part `heldot`; try heldout, benchmarks, winrate"),
+    "prefetch and more": (("eval", "prefetch", "heldout", *SMALL), "error: eval: prefetch stands alone; try aletheia eval pre"),
+    "no such result": (("eval", "--show", "EXP-2000-01-01-001"), "error: .*EXP-2000-01-01-001.*"),
     "no such data": (("data", "check", "data/none"), "error: data/none.*"),
     "no such row": (("data", "show", "data/sft", *SMALL, "--row", "x"), "error: data/sft: there is no row `x`; try --row "),
     "rows of evaluation": (("data", "show", "data/eval/questions", *SMALL), "error: data/eval/questions/.*:1: these rows are"),

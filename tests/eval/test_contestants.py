@@ -25,9 +25,9 @@ def record(trained: "Trained", tmp_path_factory: pytest.TempPathFactory, model: 
     from tests.serving.in_process import serving
 
     copied = trained.copy_to(tmp_path_factory.mktemp("contestants") / "root")
-    app = build_app(TransformersEngine(model, chat, 2048, 8), "twin", ServeConfig(), Usage())
+    app = build_app(TransformersEngine(model, chat, 2048, 8), "org/twin.1", ServeConfig(), Usage())
     with ExitStack() as stack:
-        also = f"[sft, '{stack.enter_context(serving(app))}#twin']"
+        also = f"[sft, '{stack.enter_context(serving(app))}#org/twin.1']"
         options = (f"eval_config.also={also}", "eval_config.questions=4", "eval_config.max_tokens=16")
         return run_stage(Evaluate, copied.job(*options, parts=("heldout", "winrate")))
 
@@ -44,8 +44,8 @@ def test_what_dpo_began_from_stands_beside_the_base_with_figures_of_its_own(reco
 
 def test_a_server_is_asked_the_questions_and_answers_as_its_model_does(record: Record) -> None:
     rows = [json.loads(line) for line in (record.folder / "answers.jsonl").read_text("utf-8").splitlines()]
-    assert [row["twin"] for row in rows] == [row["model"] for row in rows]
-    twin = record.facts.results["others"]["twin"]
+    assert [row["org-twin-1"] for row in rows] == [row["model"] for row in rows]
+    twin = record.facts.results["others"]["org-twin-1"]
     assert twin["win_rate"]["ties"] == 4
     assert "eval_loss" not in twin
 
@@ -58,11 +58,16 @@ def test_the_judged_model_itself_is_left_out_aloud(trained: "Trained", capsys: p
 
 @pytest.mark.parametrize(
     ("also", "said"),
-    [("sft, sft", "sft is taken as a name"), ("EXP-2020-01-01-001", "EXP-2020-01-01-001"), ("best", "also")],
+    [
+        ("sft, sft", "sft is taken as a name"),
+        ("sft, {sft}", "is EXP-.*, named before; try each once"),
+        ("EXP-2020-01-01-001", "EXP-2020-01-01-001"),
+        ("best", "also"),
+    ],
 )
 def test_who_is_not_there_is_said(trained: "Trained", also: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        Evaluate.prepare(trained.job(f"eval_config.also=[{also}]", parts=("heldout",)))
+        Evaluate.prepare(trained.job(f"eval_config.also=[{also.format(sft=trained.sft)}]", parts=("heldout",)))
 
 
 def test_a_lineage_without_the_stage_is_said(copied: "Trained") -> None:

@@ -73,6 +73,28 @@ def test_what_does_not_pass_says_why(program: str, why: str) -> None:
     assert (code.problem(program, TESTS) or "").startswith(why)
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        "open('tests.py', 'w').write('pass')",
+        "import builtins\nbuiltins.compile = lambda *given: ''",
+        "import builtins\nbuiltins.exec = lambda *given: None",
+        "import builtins, io\nbuiltins.open = lambda *given, **named: io.StringIO('pass')",
+        "import sys\nsys.argv[:] = []\nclass AssertionError(Exception): pass\nadd = lambda a, b: 0",
+    ],
+    ids=["their file", "compile", "exec", "open", "AssertionError"],
+)
+def test_what_a_program_puts_in_place_of_others_changes_nothing_for_its_tests(program: str) -> None:
+    assert code.problem(program, TESTS) in ("AssertionError", "NameError: name 'add' is not defined")
+
+
+@pytest.mark.parametrize(
+    "more", ["import io, sys\nsys.stdout = io.StringIO()", "import atexit\natexit.register(print, 1)"]
+)
+def test_nor_does_what_a_right_one_prints(more: str) -> None:
+    assert code.problem(f"{ADD}{more}\n", TESTS) is None
+
+
 def test_a_program_is_a_module_of_its_own_as_in_code_eval() -> None:
     program = (
         "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass P:\n    x: int\n" + ADD

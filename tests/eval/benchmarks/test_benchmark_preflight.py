@@ -142,6 +142,17 @@ def test_a_machine_without_a_hub_is_known_as_one(setting: str, monkeypatch: pyte
     )
 
 
+@pytest.mark.parametrize("address", ["http://[hub", "hub.local", "http://hub:port"])
+def test_an_address_that_is_none_is_no_hub(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import config
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    assert str(stock_tasks.why_offline()).startswith(f"{address} cannot be reached (")
+
+
 def test_offline_is_a_setting_of_that_moment_alone() -> None:
     from datasets import config
     from huggingface_hub import constants

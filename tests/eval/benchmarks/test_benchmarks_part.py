@@ -88,12 +88,15 @@ def test_a_guard_must_be_among_the_tasks(small: "Trained") -> None:
         part(small, "eval_config.guard_tasks=[mmlu]")
 
 
+def test_a_name_that_is_no_task_is_a_mistake_and_not_left_out(small: "Trained") -> None:
+    with pytest.raises(UserError, match="helaswag: there is no such task; did you mean hellaswag"):
+        part(small, f"eval_config.tasks=[{TASK}, helaswag]")
+
+
 def test_the_plan_shows_what_runs_and_what_is_left_out(small: "Trained") -> None:
-    plan = part(small, f"eval_config.tasks=[{TASK}, helaswag]", "eval_config.limit=7").plan()
-    assert plan == [
-        ("benchmarks", f"{TASK}: 7 items"),
-        ("left out", "helaswag: there is no such task; did you mean hellaswag?"),
-    ]
+    plan = part(small, f"eval_config.tasks=[{TASK}, {OFFLINE}]", "eval_config.limit=7").plan()
+    assert plan[0] == ("benchmarks", f"{TASK}: 7 items")
+    assert plan[1][1].startswith(f"{OFFLINE}: its data is not on this machine")
 
 
 def test_figures_are_paired_and_each_has_the_test_of_its_kind(small: "Trained", tmp_path: Path) -> None:
@@ -108,6 +111,23 @@ def test_figures_are_paired_and_each_has_the_test_of_its_kind(small: "Trained", 
     assert right["holm_p"] == pytest.approx(max(right["mcnemar_p"], 2 * grades["t_test_p"]), abs=2e-4)
     assert found.items["benchmarks.right"]["1"] == (1.0, 0.0)
     assert found.results["others"]["sft"]["benchmarks"]["right"]["delta"] == right["delta"]
+
+
+def test_what_the_test_of_so_many_tasks_doubts_is_not_called_better(
+    small: "Trained", tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Six of 60 items gained and none lost: McNemar's p is 0.031, and 0.094 as the least of three."""
+    before, after, alike = [0.0] * 60, [1.0] * 6 + [0.0] * 54, [0.0, 1.0] * 30
+
+    def told(*others: str) -> tuple[str, dict[str, Any]]:
+        ends = [{"gains": made_up(side)} | {name: made_up(alike) for name in others} for side in (before, after)]
+        found = part(small).compare({BASE: ends[0], MODEL: ends[1]}, tmp_path)
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("gains ")]
+        return line, found.results["benchmarks"]["gains"]
+
+    alone, among = told(), told("second", "third")
+    assert alone[0].endswith(": better") and alone[1]["delta"]["ci_low"] > 0
+    assert among[0].endswith(": no difference shown") and among[1]["delta"] == alone[1]["delta"]
 
 
 def test_contestants_that_were_not_asked_the_same_are_not_compared(small: "Trained", tmp_path: Path) -> None:

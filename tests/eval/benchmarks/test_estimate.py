@@ -87,5 +87,5 @@ def test_what_does_not_fit_is_asked_less(
 
 def test_where_too_little_would_be_left_it_is_refused() -> None:
 
-    with pytest.raises(StageFailed, match=r"too few items would be left; try eval_config.max_hours=10, or fewer"):
+    with pytest.raises(StageFailed, match=r"too few items would be left; try eval_config.max_hours=11, or fewer"):
         estimate.share_within(replace(EXPECTED, hours=10.0), 1.0)

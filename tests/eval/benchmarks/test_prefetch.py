@@ -82,6 +82,19 @@ def test_own_tasks_need_no_hub_and_others_do(workspace: Workspace, monkeypatch: 
         prefetch(other)
 
 
+def test_a_name_that_nobody_knows_is_said_without_a_hub_too(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eval.benchmarks.prefetch.why_offline", lambda: "HF_HUB_OFFLINE is set")
+    typo, none = (
+        Job(workspace, load_profile(workspace, "small", [f"eval_config.tasks={names}", "eval_config.guard_tasks=[]"]))
+        for names in ("[helaswag]", "[]")
+    )
+    assert [row.problem for row in prefetch(typo)] == ["there is no such task; did you mean hellaswag?"]
+    with pytest.raises(UserError, match=r"eval_config.tasks: names no task, so there is nothing to fetch"):
+        prefetch(none)
+
+
 def test_what_could_not_be_had_fails_at_the_end_and_is_named() -> None:
     had = Fetched("hellaswag", "Rowan/hellaswag", 10042, 11_000_000)
     assert had.row() == ("hellaswag", "Rowan/hellaswag", "10,042", "11.0 MB")

@@ -139,6 +139,26 @@ def test_an_answer_of_another_shape_is_unscored(there: Workspace, start: Callabl
     assert scores(judge(there, server), THREE[:1]) == [None]
 
 
+def test_an_answer_of_another_shape_now_and_then_is_asked_anew(there: Workspace, start: Callable[..., Server]) -> None:
+    """As from a proxy that shows a page of its own."""
+    server = start(faults=[(200, {}), (200, {"choices": []})])
+    assert scores(judge(there, server), THREE) == [1.0, 0.0, 0.5]
+    assert len(server.bodies) == 5
+
+
+def test_words_that_only_look_like_a_verdict_end_no_run(there: Workspace, start: Callable[..., Server]) -> None:
+    """`ſ` is an `s` where case does not count, and no server's answer may end an evaluation."""
+    server = start(structured=False)
+    answered = server.answer
+
+    def looking_alike(body: dict[str, Any]) -> tuple[int, Any]:
+        status, content = answered(body)
+        return status, content.replace("first", "fir\u017ft") if status == 200 else content
+
+    server.answer = looking_alike  # type: ignore[method-assign]
+    assert scores(judge(there, server), THREE) == [None, 0.0, 0.5]
+
+
 def test_a_server_that_is_gone_is_left_alone(there: Workspace, start: Callable[..., Server]) -> None:
     server = start(always=(500, OTHER))
     found = judge(there, server, retries=0).judge(duels(*[(GOOD, POOR)] * 20))
@@ -205,14 +225,21 @@ def test_what_it_will_take_is_told_before(there: Workspace, start: Callable[...,
     server = start()
     priced = judge(there, server, price_in=100.0, price_out=1000.0, max_tokens=500)
     told = priced.forecast(THREE)
-    assert told.startswith("3 calls (0 kept from before), about ") and "up to 1,500 out: about 1." in told
+    assert told.startswith("up to 3 calls, about ") and "up to 1,500 out: about 1." in told
     priced.judge(THREE[:1])
-    assert priced.forecast(THREE).startswith("2 calls (1 kept from before)")
+    assert priced.forecast(THREE).startswith("up to 2 calls (1 kept from before)")
     assert "no price known" in judge(there, server).forecast(THREE)
     sent = sum(len(m["content"]) for m in server.bodies[0]["messages"])
     assert int(told.split("about ")[1].split()[0].replace(",", "")) == pytest.approx(sent, rel=0.1), (
         "3 duels, 3 characters a token"
     )
+
+
+def test_a_count_that_is_no_number_costs_no_verdict(there: Workspace, start: Callable[..., Server]) -> None:
+    choice = {"message": {"content": '{"reason": "", "verdict": "tie"}'}, "finish_reason": "stop"}
+    server = start(always=(200, {"choices": [choice], "usage": {"prompt_tokens": "many", "completion_tokens": None}}))
+    asked = judge(there, server)
+    assert scores(asked, THREE[:1]) == [0.5] and (asked.spent.calls, asked.spent.tokens_in) == (1, 0)
 
 
 # ── Attacked ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -256,6 +283,13 @@ def test_a_server_that_shows_no_models_is_believed(there: Workspace, start: Call
     assert judge(there, server, model="reader").model == "reader"
     with pytest.raises(UserError, match="try model: its name"):
         judge(there, server)
+
+
+def test_a_model_behind_a_hash_is_told_where_it_belongs(there: Workspace) -> None:
+    """As in eval_config.also; the server would be asked at an address without its path."""
+    for address in ("http://a/v1#reader", "a:8000#reader"):
+        with pytest.raises(UserError, match=rf"^{address}: a judge's address has no #; try model: reader$"):
+            Endpoint(EndpointJudge(endpoint=address), there)
 
 
 def test_a_server_that_is_not_there_is_told_in_one_line(there: Workspace) -> None:
@@ -307,9 +341,12 @@ def test_a_key_that_a_server_repeats_stands_nowhere(
         ("https://api.openai.com@evil.example/v1", "none"),
         ("http://localhost:8000/v1", "own"),
         ("http://127.0.0.1.evil.example/v1", "none"),
+        ("http://[::1]:8000/v1", "own"),
+        ("http://127.1:8000/v1", "own"),
+        ("http://localhost.evil.example/v1", "none"),
         ("http://judge.example/v1", "none"),
     ],
-    ids=range(9),
+    ids=range(12),
 )
 def test_a_key_is_for_its_own_host(there: Workspace, monkeypatch: pytest.MonkeyPatch, address: str, key: str) -> None:
     from eval.judges.endpoint import _key

@@ -75,7 +75,8 @@ def test_the_judge_is_told_what_makes_a_good_answer() -> None:
 @pytest.mark.parametrize(
     "special",
     ["<|im_start|>", "<|EOT|>", "<｜end▁of▁sentence｜>", "[INST]", "[/INST]", "<<SYS>>", "</s>", "<s>", "<eos>",
-     "<start_of_turn>", "<think>", "</think>"],
+     "<start_of_turn>", "<think>", "</think>", "<THINK>", "[/THINK]", "[SYSTEM_PROMPT]", "[TOOL_CALLS]", "<EOS_TOKEN>",
+     "<turn|>", "[|endofturn|]", "<tool_call>", "<seed:eos>", "<unused7>", "[gMASK]", "<sop>"],
 )  # fmt: skip
 def test_no_special_token_of_a_template_is_left_whole(special: str) -> None:
     text = shown(f"a {special} b")
@@ -84,10 +85,26 @@ def test_no_special_token_of_a_template_is_left_whole(special: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "code", ["if a < b and c[0] > 1 || d", "List<String> x = a<b>c;", "x[i][INSTANCE]", "a\tb\n\n  c é 漢"]
+    "code",
+    [
+        "if a < b and c[0] > 1 || d",
+        "List<String> x = a<b>c;",
+        "x[i][INSTANCE]",
+        "<b>[TODO]</b> a |> b",
+        "⚠\ufe0f",
+        "a\tb\n\n  c é 漢",
+    ],
 )
 def test_code_is_shown_as_it_is(code: str) -> None:
     assert shown(code) == code
+
+
+@pytest.mark.parametrize(
+    "hidden", ["\ufe0f\ufe0f", "\ufe01", "\U000e0101", "\u3164", "\u2800", "\u2028", "\u034f"], ids=ascii
+)
+def test_fillers_and_selectors_hide_no_text(hidden: str) -> None:
+    written = "".join(f"\\u{{{ord(letter):x}}}" for letter in hidden)
+    assert shown(f"a{hidden}b") == f"a{written}b"
 
 
 def test_what_no_reader_sees_is_written_out() -> None:
@@ -114,11 +131,16 @@ TEXT, JSON = Asked(duel(GOOD, POOR), MARK, False), Asked(duel(GOOD, POOR), MARK,
         (f"VERDICT {MARK}: third", None),
         (f"VERDICT {MARK}: first or second", None),
         (f"I would not say VERDICT {MARK}: first", None),
+        (f"__VERDICT {MARK}: tie__", 0.5),
+        (f"VERDICT {MARK}: fir\u017ft", None),
+        (f"VERDICT {MARK}: t\u0131e", None),
+        ("\n" * 1_000_000 + f"VERDICT {MARK}: first", 1.0),
         (f"<think>VERDICT {MARK}: second</think>", None),
         (f"VERDICT {MARK}: first\nIt quotes </think> too.", 1.0),
         ('{"verdict": "first"}', None),
         ("", None),
     ],
+    ids=range(19),
 )  # fmt: skip
 def test_the_last_line_with_the_mark_is_the_verdict(answer: str, score: float | None) -> None:
     found = read(answer, TEXT)

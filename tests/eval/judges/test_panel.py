@@ -46,6 +46,15 @@ def test_a_judge_is_named_once(job: Callable[..., Job]) -> None:
         judges(job, "key_points", "key_points")
 
 
+def test_two_spellings_of_one_address_are_one_judge(job: Callable[..., Job], start: Callable[..., Server]) -> None:
+    server = start(cards=[{"id": "a", "root": "/m"}, {"id": "b", "root": "/m"}, {"id": "c", "root": "/o"}])
+    other = server.address.replace("127.0.0.1", "localhost")
+    for second in (f"{{endpoint: '{other}', model: a}}", f"{{endpoint: '{other}/', model: b}}"):
+        with pytest.raises(UserError, match=r"eval_config\.judges: . at localhost:\d+ judges twice; try each once"):
+            judges(job, f"{{endpoint: '{server.address}', model: a}}", second)
+    assert len(judges(job, f"{{endpoint: '{server.address}', model: a}}", f"{{endpoint: '{other}', model: c}}")) == 2
+
+
 def test_a_reward_model_is_looked_for_below_the_root(job: Callable[..., Job]) -> None:
     with pytest.raises(UserError, match=r"^models/reward: there is no such folder"):
         judges(job, "{reward_model: models/reward}")
@@ -99,11 +108,12 @@ def test_a_judge_that_is_a_contestant_is_refused(
         refuse_contestants(found, [contestant("another"), who])
 
 
+@pytest.mark.parametrize("here", ["localhost", "127.0.0.2", "127.1", "0.0.0.0", "[::1]", "[::ffff:127.0.0.1]"])
 def test_a_second_name_for_the_same_weights_does_not_hide_them(
-    job: Callable[..., Job], start: Callable[..., Server]
+    job: Callable[..., Job], start: Callable[..., Server], here: str
 ) -> None:
     server = start(cards=[{"id": "model", "root": "/m"}, {"id": "judge", "root": "/m"}, {"id": "other", "root": "/o"}])
-    model = contestant("the model", Served(server.address.replace("127.0.0.1", "localhost"), "model"))
+    model = contestant("the model", Served(server.address.replace("127.0.0.1", here), "model"))
     with pytest.raises(UserError, match="is judged"):
         refuse_contestants(judges(job, f"{{endpoint: '{server.address}', model: judge}}"), [model])
     refuse_contestants(judges(job, f"{{endpoint: '{server.address}', model: other}}"), [model])

@@ -128,3 +128,17 @@ def test_a_change_that_nobody_knows_is_neither_better_nor_worse() -> None:
 def test_results_of_another_shape_are_passed_over(odd: Any) -> None:
     for key in results():
         assert key not in of(results() | {key: odd})
+
+
+@pytest.mark.parametrize("wins", [27, 29, 31, 20])
+def test_so_many_prompts_decide_a_win_rate_four_times_of_five(wins: int) -> None:
+    """Of 50 prompts now; the power at the n that the page names, exactly."""
+    from scipy.stats import binom
+
+    rate = statistics.proportion(wins, 50)
+    (claim,) = claims({"win_rate": statistics.as_record(rate)})
+    n = claim.rows_needed
+    assert n
+    shown = [side for k in range(n + 1) if (side := statistics.proportion(k, n)).ci_low is not None]
+    decided = [k for k, share in enumerate(shown) if (share.ci_low or 0) > 0.5 or (share.ci_high or 1) < 0.5]
+    assert 0.77 < float(binom.pmf(decided, n, rate.value).sum()) < 0.84

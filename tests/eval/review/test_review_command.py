@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -74,6 +75,36 @@ def test_a_review_from_its_first_page_to_its_end(
     assert err.rstrip().endswith("1 of 10 prompts are judged, and it may not be opened yet")
 
 
+def test_a_review_begun_anew_does_not_hide_the_one_before(
+    workspace: Workspace, record: RecordFile, aletheia: "Aletheia", command: Callable[..., "subprocess.Popen[str]"]
+) -> None:
+    commitments = []
+    for _ in range(3):
+        process = command("review", EXP, "--port", "0", "--n", "8")
+        assert process.stdout and httpx.get(process.stdout.readline().strip()).status_code == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+        commitments.append(facts(record).data["human_review"]["base"]["commitment"])
+        if len(commitments) == 1:
+            vote_on(review_of(record), "anna", lambda item: "model")
+            assert aletheia(workspace, "review", EXP, "--result").code == 0
+        if len(commitments) < 3:
+            shutil.rmtree(record.folder / "review")
+    plan = facts(record).data["human_review"]["base"]
+    assert len(set(commitments)) == 3 and "opened" not in plan
+    assert [one["commitment"] for one in plan["abandoned"]] == commitments[:2]
+    assert plan["abandoned"][0]["opened"][0]["decided"] == 8
+
+
+@pytest.mark.parametrize("against", ["id", "prompt", "model", "score", "../base"])
+def test_who_gave_no_answers_is_not_reviewed(
+    workspace: Workspace, record: RecordFile, aletheia: "Aletheia", against: str
+) -> None:
+    said = aletheia(workspace, "review", EXP, "--against", against, "--port", "0")
+    assert said.code == 2 and f"holds no answers of `{against}` beside the model's; try base, sft" in said.err
+    assert not (record.folder / "review").exists()
+
+
 def test_until_it_opens_the_command_tells_nothing(
     workspace: Workspace, record: RecordFile, aletheia: "Aletheia"
 ) -> None:
@@ -103,11 +134,13 @@ def test_an_early_look_is_possible_and_stands_in_the_record_for_ever(
     (look,) = facts(record).data["human_review"]["base"]["opened"]
     assert look["early"] is True and look["decided"] == decided
     assert facts(record).results["human_review"]["share_of_wins"]["ci_low"] < 0.5
+    assert "votes_after_opening" not in facts(record).results["human_review"]
     vote_on(review, "anna", lambda item: "model")
     assert aletheia(workspace, "review", EXP, "--result").code == 0
     looks = facts(record).data["human_review"]["base"]["opened"]
     assert [one.get("early") for one in looks] == [True, None]
-    assert facts(record).results["human_review"]["early_looks"] == 1
+    after = facts(record).results["human_review"]
+    assert after["early_looks"] == 1 and after["votes_after_opening"] == len(review.store.read().lines) - 5
 
 
 def test_the_result_is_printed_and_stands_below_the_line_while_all_above_stays(

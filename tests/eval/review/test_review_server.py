@@ -52,7 +52,7 @@ def test_a_vote_is_answered_with_what_comes_next_and_a_name_goes_on_where_it_sto
     client: TestClient, review: Review
 ) -> None:
     first = ask(client, "next")
-    assert (first["seq"], first["done"], first["total"], first["may_open"]) == (0, 0, 13, False)
+    assert (first["seq"], first["done"], first["total"], first["complete"]) == (0, 0, 13, False)
     ratings = {"left": {"accuracy": 5}, "right": {"style": 1}}
     second = vote(client, first, "tie", ratings=ratings, comment=" both say so ")
     assert second["item"]["id"] != first["item"]["id"] and second["done"] == 1
@@ -144,9 +144,26 @@ def test_nothing_the_server_says_before_the_end_names_a_contestant_or_tells_a_re
         assert found == [], answer.text
         assert "cookie" not in str(answer.headers).lower() and "server" not in answer.headers
         if "item" in (said := answer.json() if answer.headers["content-type"] == "application/json" else {}):
-            assert said.keys() == {"seq", "done", "total", "seconds_left", "may_open", "item", "undone"}
-            assert list(said["item"]) == ["id", "prompt", "left", "right"] and said["may_open"] is False
+            assert said.keys() == {"seq", "done", "total", "seconds_left", "complete", "item", "undone"}
+            assert list(said["item"]) == ["id", "prompt", "left", "right"] and said["complete"] is False
             assert "q-" not in str(said["item"]["id"])
+
+
+def test_who_votes_undoes_and_votes_again_is_not_told_which_side_would_open_it(tmp_path: Path) -> None:
+    """Eight votes for one contestant are enough evidence: the answer to the eighth is the same as to one against it."""
+    review = make_review(tmp_path, 12)
+    first = [item.repeat for item in review.queue("anna")]
+    seven = next(place for place in range(7, len(first)) if not first[place] and first[:place].count(False) == 7)
+    vote_on(review, "anna", lambda item: "model", most=seven)
+    client, said, opened = client_of(review), [], []
+    for side in store.SIDES:
+        state = ask(client, "next")
+        said.append(vote(client, state, side))
+        opened.append(review.tally().may_open)
+        ask(client, "undo", seq=said[-1]["seq"])
+    assert sorted(opened) == [False, True]
+    same = [{key: value for key, value in state.items() if key not in ("seq", "seconds_left")} for state in said]
+    assert same[0] == same[1] and same[0]["done"] == seven + 1
 
 
 def test_the_answers_lie_the_same_whoever_wrote_which(tmp_path: Path) -> None:

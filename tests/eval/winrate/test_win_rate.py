@@ -186,6 +186,7 @@ def test_answers_that_do_not_belong_together_are_refused() -> None:
 
 
 def test_precision_is_said_before_the_run() -> None:
-    assert (
-        planned_precision(30) == "30 questions can show a win-rate that differs from 0.5 by 0.21 or more (80 % power)"
-    )
+    said = planned_precision([question()] * 30)
+    assert said == "30 questions can show a win-rate that differs from 0.5 by 0.21 or more (80 % power)"
+    families = [question(i, family=f"f{i // 3}") for i in range(90)]
+    assert planned_precision(families) == said.replace("30 questions", "90 questions of 30 families")

@@ -11,6 +11,7 @@ from eval.contestants import Contestant
 from eval.judges.panel import find_judges
 from eval.part import Compared
 from eval.winrate.part import Answered, WinRate
+from pipeline import statistics
 from pipeline.chat import Chat
 from pipeline.data.rows import Question
 from pipeline.errors import UserError
@@ -93,6 +94,25 @@ def test_answers_and_verdicts_are_written_question_by_question(
     assert results["ranking"]["wins"]["model_over_base"]["value"] > 0.9
 
 
+def test_what_most_judges_say_of_one_question_asked_in_many_ways_is_known_once(
+    job: Callable[..., Job], start: Callable[..., Server], tmp_path: Path
+) -> None:
+    asked = job(f"eval_config.judges=[{{endpoint: '{start().address}'}}, key_points]")
+    alike = [Question.model_validate(q.model_dump() | {"family": f"f{i // 4}"}) for i, q in enumerate(QUESTIONS)]
+    results = compared(WinRate(asked.config.eval_config, alike, find_judges(asked)), tmp_path, "base", "model").results
+    figure = statistics.rate([1.0] * 11 + [0.5], [f"f{i // 4}" for i in range(N)])
+    most = results["judges"]["majority"]
+    assert (most["ci_low"], most["ci_high"], most["n"]) == (figure.ci_low, figure.ci_high, N)
+
+
+def test_half_a_character_in_a_reason_ends_no_run(
+    part: Callable[..., WinRate], start: Callable[..., Server], tmp_path: Path
+) -> None:
+    server = start(aside=lambda mark, answers: "half of \ud83d")
+    compared(part(f"{{endpoint: '{server.address}'}}"), tmp_path, "base", "model")
+    assert rows(tmp_path / "verdicts.jsonl")[0]["why"][0] == "half of \ud83d"
+
+
 def test_a_judge_that_fails_leaves_the_answers_and_no_rate(
     part: Callable[..., WinRate],
     start: Callable[..., Server],
@@ -137,7 +157,7 @@ def test_what_judging_takes_is_said_before_the_run(
     n = len(WinRate.prepare(asked, who).questions)
     said = capfd.readouterr().err
     assert f"{n} questions can show a win-rate that differs from 0.5 by" in said
-    assert f": {3 * 2 * n + len(range(0, n, -(-n // 20)))} calls (0 kept from before), about " in said
+    assert f": up to {3 * 2 * n + len(range(0, n, -(-n // 20)))} calls, about " in said
 
 
 def test_our_own_server_with_a_model_that_cannot_judge_gives_no_verdict_and_no_error(
