@@ -4,8 +4,9 @@
     found.ready          their items at hand: what is loaded here is what runs
     found.left_out       {"hellaswag": "its data is not on this machine: aletheia eval prefetch"}
 
-A task is left out where its name is unknown (which an evaluation refuses), where it runs code that a model wrote and `run_code` is not true or there is no
-sandbox, where it would run such code by itself, and where its data cannot be had. Nothing is imported of the first three.
+A task is left out where its name is unknown (which an evaluation refuses), where it runs code that a model wrote and
+`run_code` is not true or there is no sandbox, where it would run such code by itself, and where its data cannot be had.
+Nothing is imported of the first three.
 """
 
 import difflib
