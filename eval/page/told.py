@@ -13,10 +13,10 @@ from pipeline.progress import printable
 from pipeline.records.schema import Facts
 
 
-def print_result(facts: Facts, spent: Spent | None = None, out: TextIO = sys.stdout, whole: bool = True) -> None:
+def print_result(facts: Facts, spent: Spent | None = None, out: TextIO | None = None, whole: bool = True) -> None:
     """`whole`: with the tables behind the claims. `spent` (`eval.page.spent.spent`) adds what it cost."""
     for line in told(read(facts, spent), whole):
-        print(printable(line).rstrip(), file=out)
+        print(printable(line).rstrip(), file=out or sys.stdout)
 
 
 def told(result: Result, whole: bool = True) -> Iterator[str]:

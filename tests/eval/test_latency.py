@@ -5,12 +5,10 @@ import json
 import math
 import random
 import statistics
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import pytest
 
 from eval import latency
@@ -18,6 +16,7 @@ from eval.evaluate import Evaluate
 from eval.latency import figures, percentile, table
 from pipeline.errors import StageFailed, UserError
 from pipeline.statistics import Figure
+from tests.serving.processes import runs, until
 
 if TYPE_CHECKING:
     from tests.conftest import Trained
@@ -131,14 +130,8 @@ def test_a_tool_that_fails_is_one_line(tmp_path: Path) -> None:
 
 def test_what_the_tool_started_does_not_stay(tmp_path: Path) -> None:
     latency._run(["sh", "-c", "sleep 600 & echo $! > child"], tmp_path)
-    number, until = int((tmp_path / "child").read_text()), time.monotonic() + 10
-
-    def gone() -> bool:
-        return not psutil.pid_exists(number) or psutil.Process(number).status() == psutil.STATUS_ZOMBIE
-
-    while not gone() and time.monotonic() < until:
-        time.sleep(0.05)
-    assert gone()
+    number = int((tmp_path / "child").read_text())
+    until(lambda: not runs(number))
 
 
 def installed() -> bool:
