@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.errors import AletheiaError, StageFailed
 from pipeline.merging.blocks import over_blocks
-from pipeline.merging.shards import OnDisk, expecting, same_bytes, size, stored_dtypes, tensors
+from pipeline.merging.shards import OnDisk, same_bytes, size, stored_dtypes, tensors
 from pipeline.merging.update import Adapter, Arithmetic, LowRank, Update
 from pipeline.model import Base, load_model
 from pipeline.progress import Progress, say
@@ -75,8 +75,8 @@ def check_weights(
         raise StageFailed("the merged model has other tensors than the base")
     figures = Figures()
     with Progress("checking", len(before), "tensor") as progress:
-        for old, new in zip(expecting(before.values()), expecting(after[name] for name in before), strict=True):
-            name = old.name
+        for name, old in before.items():
+            new = after[name]
             if old.dtype != new.dtype or old.shape != new.shape:
                 raise StageFailed(f"{name} has another dtype or shape than the base's")
             if name in adapter.updates:

@@ -6,10 +6,9 @@ Files are read, not mapped: what is mapped of a shard counts as this process's m
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -65,19 +64,11 @@ class Stored:
                 raise cut_off(self.file)
         return raw.view(self.float_type).reshape(self.shape)
 
-    def expect(self) -> None:
-        """Lets the system read it from the disk, in large pieces, while something else is computed."""
-        self._advise("POSIX_FADV_WILLNEED")
-
     def forget(self) -> None:
-        """Lets the system forget what it holds of it in memory."""
-        self._advise("POSIX_FADV_DONTNEED")
-
-    def _advise(self, what: str) -> None:
-        """Where the system takes such advice."""
+        """Lets the system forget what it holds of it in memory, where it takes such advice."""
         if hasattr(os, "posix_fadvise"):
             with self.file.open("rb") as file:
-                os.posix_fadvise(file.fileno(), self.start, self.end - self.start, getattr(os, what))
+                os.posix_fadvise(file.fileno(), self.start, self.end - self.start, os.POSIX_FADV_DONTNEED)
 
     def chunks(self, file: BinaryIO) -> Iterator[bytes]:
         """Its bytes as they lie in `file`, of any dtype."""
@@ -206,15 +197,6 @@ def stored_dtypes(folder: Path) -> set[str]:
     return {tensor.dtype for tensor in tensors(folder).values()}
 
 
-def expecting(found: Iterable[Stored]) -> Iterator[Stored]:
-    """Each of them, while the one after it is being read from the disk."""
-    for one, following in pairwise([*found, None]):
-        if following:
-            following.expect()
-        assert one
-        yield one
-
-
 def same_bytes(one: Stored, other: Stored) -> bool:
     """Unlike numbers, bytes are equal to themselves also where one is no number."""
     with one.file.open("rb") as first, other.file.open("rb") as second:
@@ -322,14 +304,14 @@ def rewrite(
         with shard.open("rb") as old, Writer(folder / shard.name) as new:
             length = old.read(8)
             new.write(length + old.read(int.from_bytes(length, "little")))
-            for tensor in expecting(stored(shard).values()):
-                if tensor.name in changes:
-                    new.write(_changed(tensor, changes[tensor.name], memory))
+            for name, tensor in stored(shard).items():
+                if name in changes:
+                    new.write(_changed(tensor, changes[name], memory))
                     memory, other = other, memory
                 else:
                     for chunk in tensor.chunks(old):
                         new.write(chunk)
-                yield tensor.name
+                yield name
         if journal:
             journal.add(shard.name, new.sha256)
     if (index := index_of(base)) is not None:
