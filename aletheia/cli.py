@@ -381,6 +381,7 @@ def main() -> None:
         code = _report(f"unexpected {type(error).__name__}: {error}; --debug shows where", 1, debug)
     if sys.stdout is not None:  # closed by whoever started us
         sys.stdout.flush()
+    gc.freeze()  # all of it goes with the process; to look through it once more took a second
     sys.exit(code if isinstance(code, int) else 0)
 
 

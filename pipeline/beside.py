@@ -1,11 +1,27 @@
-"""Work that waits for the disk, or computes outside Python, done beside what the program goes on with."""
+"""Work done beside what the program goes on with.
 
-from collections.abc import Callable
-from concurrent.futures import Future
+Of what waits for the disk, or computes long outside Python: in a thread. Of many small operations: in processes, since
+threads of these wait for one another in Python.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from threading import Thread
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from pipeline.errors import StageFailed
 
 T = TypeVar("T")
+SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
+
+_work: Callable[[Any], Any]  # of a process beside
 
 
 def beside(work: Callable[[], T]) -> Callable[[], T]:
@@ -20,3 +36,47 @@ def beside(work: Callable[[], T]) -> Callable[[], T]:
 
     Thread(target=run, daemon=True).start()
     return future.result
+
+
+def in_processes(work: Callable[[str], T], items: Iterable[str], cores: int) -> Iterator[tuple[str, T]]:
+    """Each item, as it comes, with what `work` gives for it; in their order.
+
+    Forked, they know what this process knows, and share the memory of it. They end with it, however it ends. Raises what
+    `work` raises, and `StageFailed` when one of them is killed.
+    """
+    pool = ProcessPoolExecutor(cores, get_context("fork"), _begin, (work, os.getpid()))
+    running = deque[tuple[str, Future[T]]]()
+    try:
+        pool.submit(int).result()  # they are forked now: before `items` has threads that hold locks
+        for item in items:
+            running.append((item, pool.submit(_do, item)))
+            while running and running[0][1].done():
+                yield _done(*running.popleft())
+        while running:
+            yield _done(*running.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _done(item: str, future: Future[T]) -> tuple[str, T]:
+    try:
+        return item, future.result()
+    except BrokenProcessPool:
+        what = f"the process at work on {item} was killed, perhaps for want of memory"
+        raise StageFailed(what, remedy="--resume") from None
+
+
+def _begin(work: Callable[[str], Any], parent: int) -> None:
+    global _work
+    _work = work
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the parent heeds them, and ends this process
+    ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before that
+        os._exit(1)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+
+
+def _do(item: str) -> Any:
+    return _work(item)

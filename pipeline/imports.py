@@ -6,6 +6,8 @@ stage; `datasets`, once all rows have been read.
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from pipeline.model import Base
 
@@ -20,3 +22,15 @@ def leave_out_unused(base: Base) -> None:
 def leave_out(*names: str) -> None:
     for name in names:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+
+
+@contextmanager
+def left_out(*names: str) -> Iterator[None]:
+    """Until the block ends: for what is used later, though not by what is imported now."""
+    absent = [name for name in names if name not in sys.modules]
+    leave_out(*absent)
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]

@@ -20,7 +20,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -30,10 +30,10 @@ from pipeline import imports
 from pipeline.beside import beside
 from pipeline.chat import PROBES, Chat
 from pipeline.data.rows import Message, PreferencePair
-from pipeline.errors import StageFailed, UserError
+from pipeline.errors import UserError
 from pipeline.merging import lora
 from pipeline.merging.further import Taken, further, taken
-from pipeline.merging.receipt import Changed, check_logits, check_weights
+from pipeline.merging.receipt import Changed, NotMerged, WeightCheck, check_logits
 from pipeline.merging.shards import Journal, rewrite, shards, size, sync, tensors
 from pipeline.merging.update import Adapter, together
 from pipeline.model import Base, check_trained_on, find_base
@@ -69,6 +69,8 @@ class Merge:
         if job.own_process and first.trained_over == "none" and not job.config.merge_config.adapters:
             imports.leave_out("bitsandbytes")
         identity = beside(base.identity)  # reads all of the weights, while the libraries are imported
+        with imports.left_out("scipy"):  # of transformers, losses that find objects in images have use for it
+            import peft  # noqa: F401
         chat = base.chat()
         check_trained_on(base, chat, job.workspace, source, identity)
         all_taken = [first, *further(job, base, chat, first)]
@@ -105,20 +107,21 @@ class Merge:
         timing: dict[str, float] = {}
 
         self._begin(folder, partial, journal)
-        with (
-            _timed(timing, "merging_seconds"),
-            Progress("merging", len(tensors(self.base.folder)), "tensor") as progress,
-        ):
-            changes = {name: self._change(name) for name in self.adapter.updates}
-            for _ in rewrite(self.base.folder, partial, changes, journal):
-                progress.advance()
-            record.facts.data["generation_config"] = self._write_the_rest(partial, set(journal.files))
+        check = WeightCheck(self.base.folder, partial, self.adapter, arithmetic)
+        changes = {name: self._change(name) for name in self.adapter.updates}
         try:
-            with _timed(timing, "checking_seconds"):
-                receipt, changed = check_weights(self.base.folder, partial, self.adapter, arithmetic)
+            with (
+                _timed(timing, "merging_and_checking_seconds"),
+                Progress("merging and checking", len(tensors(self.base.folder)), "tensor") as progress,
+                closing(rewrite(self.base.folder, partial, changes, journal)) as on_disk,
+            ):
+                for _ in check.each(on_disk):
+                    progress.advance()
+            receipt = check.receipt()
+            record.facts.data["generation_config"] = self._write_the_rest(partial, set(journal.files))
             with _timed(timing, "comparing_logits_seconds"):
                 receipt |= self._check_logits(partial, receipt["rounding_share_of_update"])
-        except StageFailed:  # not what it should be: nothing of it is gone on with
+        except NotMerged:  # nothing of it is gone on with
             journal.forget()
             shutil.rmtree(partial)
             raise
@@ -128,7 +131,7 @@ class Merge:
 
         record.facts.results = {
             "receipt": receipt,
-            "each_tensor": record.workspace.shown(_write_table(record.folder / TABLE, changed)),
+            "each_tensor": record.workspace.shown(_write_table(record.folder / TABLE, check.changed())),
             "timing": timing,
         }
         link = record.link(f"{self.job.config.name}-merged", folder)

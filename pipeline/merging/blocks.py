@@ -4,13 +4,31 @@ What is made of a block stays in a core's cache: four times as fast as whole mat
 and computes it alone, so the result does not depend on how many cores there are.
 """
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 BLOCK = 1 << 17  # elements
+
+
+class Memory(threading.local):
+    """Of each thread, for one tensor at a time, until its next: fresh memory takes as long as the arithmetic."""
+
+    def __init__(self) -> None:
+        self._bytes: Any = None
+
+    def take(self, dtype: Any, shape: Sequence[int]) -> Any:
+        """A tensor of whatever values."""
+        import torch
+
+        length = dtype.itemsize * prod(shape)
+        if self._bytes is None or len(self._bytes) < length:
+            self._bytes = torch.empty(length, dtype=torch.uint8)
+        return self._bytes[:length].view(dtype).reshape(tuple(shape))
 
 
 def blocks(tensor: Any) -> Iterator[slice]:
@@ -24,6 +42,8 @@ def over_blocks(tensor: Any, work: Callable[[slice], T]) -> list[T]:
     import torch
 
     cores = torch.get_num_threads()
+    if cores == 1:
+        return [work(rows) for rows in blocks(tensor)]
     try:
         with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(work, blocks(tensor)))

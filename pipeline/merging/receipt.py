@@ -5,23 +5,28 @@ with plain peft's, on real prompts, where the model fits in memory: that the ada
 that training saw in 4 or 8 bits is merged as it is stored; how far that takes the answers from those trained is measured.
 """
 
-import threading
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from pipeline.beside import in_processes
 from pipeline.errors import AletheiaError, StageFailed
-from pipeline.merging.blocks import over_blocks
+from pipeline.merging.blocks import Memory, blocks
 from pipeline.merging.shards import OnDisk, same_bytes, size, stored_dtypes, tensors
 from pipeline.merging.update import Adapter, Arithmetic, LowRank, Update
 from pipeline.model import Base, load_model
-from pipeline.progress import Progress, say
+from pipeline.progress import say
 
 POSITIONS = 64  # logits compared of each prompt: the last ones
+CHECKERS = 8  # processes at most: so many keep up with what is hashed on its way to the disk
 HIDDEN, LOST = 0.25, 0.9  # of the update's norm: rounding above it is said
+
+
+class NotMerged(StageFailed):
+    """What is on the disk is not base + adapter."""
 
 
 @dataclass(frozen=True)
@@ -35,22 +40,78 @@ class Changed:
     share_of_bound: float  # the largest
 
 
-@dataclass
-class Figures:
-    """Of the tensors compared so far. `update` and `rounding` are sums of squares."""
+@dataclass(frozen=True)
+class Compared:
+    changed: Changed
+    update: float  # sums of squares
+    rounding: float
 
-    changed: list[Changed] = field(default_factory=list)
-    update: float = 0.0
-    rounding: float = 0.0
 
-    @property
-    def rounding_share(self) -> float:
-        return _ratio(self.rounding, self.update)
+class WeightCheck:
+    """Of a model that is merged from `base`: each tensor is read back and compared, in processes beside the merge's.
+
+    Processes, because threads of so many small operations wait for one another in Python. They share nothing with the
+    merge but the files.
+    """
+
+    def __init__(self, base: Path, merged: Path, adapter: Adapter, arithmetic: Arithmetic = "float32") -> None:
+        self._merged, self._adapter, self._arithmetic = merged, adapter, arithmetic
+        self._before = tensors(base)
+        self._expected = {name: replace(one, file=merged / one.file.name) for name, one in self._before.items()}
+        self._found: dict[str, Compared | None] = {}
+        self._memories = Memory(), Memory(), Memory()
+
+    def each(self, names: Iterable[str]) -> Iterator[str]:
+        """Takes the names of tensors that are on the disk; yields each once it has passed.
+
+        Raises `NotMerged` when one is further from base + adapter than its arithmetic's rounding, when one with a LoRA
+        did not change, or one without any update did.
+        """
+        import torch
+
+        for name, found in in_processes(self.compare, names, min(CHECKERS, torch.get_num_threads())):
+            self._found[name] = found
+            yield name
+
+    def compare(self, name: str) -> Compared | None:
+        """Of a tensor that the adapter changed, what by. Raises what `each` does."""
+        old, new = self._before[name], self._expected[name]
+        found = None
+        if name in self._adapter.updates:
+            with old.file.open("rb") as one, new.file.open("rb") as other:
+                found = self._compare(name, OnDisk(old, one), OnDisk(new, other), self._adapter.updates[name])
+        elif not same_bytes(old, new):
+            raise NotMerged(f"{name} is not targeted by the adapter and changed")
+        new.forget()
+        return found
+
+    def files(self) -> None:
+        """Raises `NotMerged` when the files do not say of themselves that they hold the base's tensors, where it has them."""
+        found = tensors(self._merged)
+        if found.keys() != self._expected.keys():
+            raise NotMerged("the merged model has other tensors than the base")
+        for name, one in self._expected.items():
+            if found[name] != one:
+                raise NotMerged(f"{name} has another dtype, shape or place in its file than the base's")
 
     def receipt(self) -> dict[str, Any]:
-        ordered = sorted(self.changed, key=lambda one: one.relative_change)
+        """Once all was compared. Raises what `files` raises."""
+        self.files()
+        assert self._found.keys() == self._before.keys()
+        compared = [one for one in self._found.values() if one]
+        share = _ratio(sum(one.rounding for one in compared), sum(one.update for one in compared))
+        if share > LOST:
+            say("note: rounding to the base's dtype hides nearly all of what the adapter changes; serve it unmerged")
+        elif share > HIDDEN:
+            say(f"note: rounding to the base's dtype hides {share:.0%} of what the adapter changes")
+        ordered = sorted(self.changed(), key=lambda one: one.relative_change)
         middle = median(one.relative_change for one in ordered)
         return {
+            "adapter": self._adapter.kind,
+            "arithmetic": self._arithmetic,
+            "modules": len(ordered),
+            "kinds": dict(Counter(one.kind for one in ordered)),
+            "unchanged_tensors": len(self._before) - len(ordered),
             "worst_share_of_rounding_bound": round(max(one.share_of_bound for one in ordered), 3),
             "smallest_relative_change": _short(ordered[0].relative_change),
             "relative_change": {
@@ -58,79 +119,37 @@ class Figures:
                 "median": _short(middle),
                 "most": {"tensor": ordered[-1].tensor, "value": _short(ordered[-1].relative_change)},
             },
-            "rounding_share_of_update": _short(self.rounding_share),
+            "rounding_share_of_update": _short(share),
         }
 
+    def changed(self) -> list[Changed]:
+        """Sorted by name."""
+        return [one.changed for _, one in sorted(self._found.items()) if one]
 
-def check_weights(
-    base: Path, merged: Path, adapter: Adapter, arithmetic: Arithmetic = "float32"
-) -> tuple[dict[str, Any], list[Changed]]:
-    """Reads the merged model back and compares every tensor with base + adapter. Returns also what each changed by.
+    def _compare(self, name: str, old: OnDisk, new: OnDisk, update: Update) -> Compared:
+        import torch
 
-    Raises `StageFailed` when a merged tensor is further from it than its arithmetic's rounding, when a tensor with a
-    LoRA did not change, when one without any update did, or when a tensor is missing or extra.
-    """
-    before, after = tensors(base), tensors(merged)
-    if before.keys() != after.keys():
-        raise StageFailed("the merged model has other tensors than the base")
-    figures = Figures()
-    with Progress("checking", len(before), "tensor") as progress:
-        for name, old in before.items():
-            new = after[name]
-            if old.dtype != new.dtype or old.shape != new.shape:
-                raise StageFailed(f"{name} has another dtype or shape than the base's")
-            if name in adapter.updates:
-                _compare(name, OnDisk(old), OnDisk(new), adapter.updates[name], arithmetic, figures)
-            elif not same_bytes(old, new):
-                raise StageFailed(f"{name} is not targeted by the adapter and changed")
-            new.forget()
-            progress.advance()
-    if figures.rounding_share > LOST:
-        say("note: rounding to the base's dtype hides nearly all of what the adapter changes; serve it unmerged")
-    elif figures.rounding_share > HIDDEN:
-        say(f"note: rounding to the base's dtype hides {figures.rounding_share:.0%} of what the adapter changes")
-    receipt = {
-        "adapter": adapter.kind,
-        "arithmetic": arithmetic,
-        "modules": len(figures.changed),
-        "kinds": dict(Counter(one.kind for one in figures.changed)),
-        "unchanged_tensors": len(before) - len(figures.changed),
-    }
-    return receipt | figures.receipt(), figures.changed
-
-
-def _compare(name: str, old: Any, new: Any, update: Update, arithmetic: Arithmetic, figures: Figures) -> None:
-    import torch
-
-    exact = update.exact(old, arithmetic)
-    differ = threading.Event()  # once two blocks do, no other is asked: that takes as long as all the rest
-
-    def compare(rows: slice) -> tuple[float, float, float, float]:
-        before, after = old[rows], new[rows]
-        was, expected, allowed = exact(rows, before)
-        off = after.to(expected.dtype).sub_(expected)
-        sums = _square(off), _square(expected.sub_(was)), _square(was)
-        low, high = torch.aminmax(off.div_(allowed))
-        excess = max(-low.item(), high.item())
-        if excess != excess:
-            raise StageFailed(f"{name} holds NaN or infinity, or base + adapter does")
-        if not excess <= 1:
-            how = "" if arithmetic == "float32" else " in peft's arithmetic"
-            raise StageFailed(f"{name} is {excess:.1f} × the rounding of {new.dtype}{how} away from base + adapter")
-        if not differ.is_set() and not torch.equal(before, after):
-            differ.set()
-        return *sums, excess
-
-    each = over_blocks(old, compare)
-    rounding, change, weight = (sum(one[at] for one in each) for at in range(3))
-    worst = max((excess for *_, excess in each), default=0.0)
-    if isinstance(update, LowRank) and not differ.is_set():
-        raise StageFailed(f"{name} is targeted by the adapter and did not change")
-    figures.changed.append(
-        Changed(name, update.kind, _ratio(change, weight), _ratio(rounding, change), round(worst, 4))
-    )
-    figures.update += change
-    figures.rounding += rounding
+        exact = update.exact(old, self._arithmetic)
+        before_block, after_block, off_block = self._memories
+        differ, rounding, change, weight, worst = False, 0.0, 0.0, 0.0, 0.0
+        for rows in blocks(old):
+            before, after = old.read(rows, before_block), new.read(rows, after_block)
+            was, expected, allowed = exact(rows, before)
+            off = off_block.take(expected.dtype, expected.shape).copy_(after).sub_(expected)
+            rounding, weight = rounding + _square(off), weight + _square(was)
+            change += _square(was.sub_(expected))
+            excess = off.abs_().div_(allowed()).max().item()
+            if excess != excess:
+                raise NotMerged(f"{name} holds NaN or infinity, or base + adapter does")
+            if not excess <= 1:
+                how = "" if self._arithmetic == "float32" else " in peft's arithmetic"
+                raise NotMerged(f"{name} is {excess:.1f} × the rounding of {new.dtype}{how} away from base + adapter")
+            worst = max(worst, excess)
+            differ = differ or not torch.equal(before, after)
+        if isinstance(update, LowRank) and not differ:
+            raise NotMerged(f"{name} is targeted by the adapter and did not change")
+        changed = Changed(name, update.kind, _ratio(change, weight), _ratio(rounding, change), round(worst, 4))
+        return Compared(changed, change, rounding)
 
 
 def check_logits(
@@ -145,7 +164,7 @@ def check_logits(
 
     `trained_over` is the base's quantization in training. The difference, a root mean square over all logits compared,
     may be 4 × the share of the update that rounding is of what the adapter moves the logits by (0.6 to 2.8 × measured,
-    LoRA, rsLoRA and DoRA of all strengths), and what the computing itself rounds. Raises `StageFailed` above that.
+    LoRA, rsLoRA and DoRA of all strengths), and what the computing itself rounds. Raises `NotMerged` above that.
     """
     stored, narrow = size(merged), stored_dtypes(merged) != {"F32"}
     wide = 2 * stored if narrow else stored
@@ -161,7 +180,7 @@ def check_logits(
     difference, effect = _rms(found - adapted), _rms(adapted - untouched)
     bound = max(4 * rounding_share, 0.02) * effect + noise * _rms(adapted)
     if not difference <= bound:
-        raise StageFailed(f"merged logits differ from base + adapter by {difference:.3g} (RMS), more than {bound:.3g}")
+        raise NotMerged(f"merged logits differ from base + adapter by {difference:.3g} (RMS), more than {bound:.3g}")
     if bound > effect / 2:
         say("note: the adapter moves the logits so little that their comparison could not tell it from rounding")
     receipt: dict[str, Any] = {

@@ -6,13 +6,15 @@ Files are read, not mapped: what is mapped of a shard counts as this process's m
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from pipeline.errors import UserError
+from pipeline.merging.blocks import Memory
 from pipeline.merging.safetensors_header import AGAIN, cut_off, entries, texts
 from pipeline.records.find import sha256
 
@@ -20,20 +22,6 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' name: torch's
 CHUNK = 1 << 22  # bytes copied at once
 SYNCED = 1 << 24  # bytes written between two syncs
-
-
-class Memory:
-    """For one tensor at a time, until the next is read into it: fresh memory takes as long as the reading."""
-
-    def __init__(self) -> None:
-        self._bytes: Any = None
-
-    def take(self, length: int) -> Any:
-        import torch
-
-        if self._bytes is None or len(self._bytes) < length:
-            self._bytes = torch.empty(length, dtype=torch.uint8)
-        return self._bytes[:length]
 
 
 @dataclass(frozen=True)
@@ -56,8 +44,9 @@ class Stored:
 
     def read(self, memory: Memory | None = None) -> Any:
         """The tensor, else in memory of its own. Floating point only; raises `UserError` where the file ends early."""
+        import torch
 
-        raw = (memory or Memory()).take(self.end - self.start)
+        raw = (memory or Memory()).take(torch.uint8, [self.end - self.start])
         with self.file.open("rb") as file:
             file.seek(self.start)
             if file.readinto(raw.numpy()) < len(raw):
@@ -68,7 +57,7 @@ class Stored:
         """Lets the system forget what it holds of it in memory, where it takes such advice."""
         if hasattr(os, "posix_fadvise"):
             with self.file.open("rb") as file:
-                os.posix_fadvise(file.fileno(), self.start, self.end - self.start, os.POSIX_FADV_DONTNEED)
+                _drop(file, self.start, self.end)
 
     def chunks(self, file: BinaryIO) -> Iterator[bytes]:
         """Its bytes as they lie in `file`, of any dtype."""
@@ -83,13 +72,13 @@ class Stored:
 class OnDisk:
     """Stands for a stored tensor of floating point where blocks of its rows are all that is asked for: each is read then.
 
-    A number alone is a row of one.
+    `file` is its file, open; several threads may read at once. A number alone is a row of one.
     """
 
-    def __init__(self, stored: Stored) -> None:
+    def __init__(self, stored: Stored, file: BinaryIO) -> None:
         import torch
 
-        self._stored = stored
+        self.stored, self._file = stored, file
         self.dtype = stored.float_type
         self.shape = torch.Size(stored.shape or (1,))
 
@@ -101,15 +90,20 @@ class OnDisk:
 
     def __getitem__(self, rows: slice) -> Any:
         """Raises `UserError` where the file ends early."""
+        return self.read(rows, Memory())
+
+    def read(self, rows: slice, memory: Memory) -> Any:
         import torch
 
         first, last, _ = rows.indices(len(self))
-        each = (self._stored.end - self._stored.start) // max(1, len(self))
-        raw = torch.empty((last - first) * each, dtype=torch.uint8)
-        with self._stored.file.open("rb", buffering=0) as file:
-            file.seek(self._stored.start + first * each)
-            if (file.readinto(raw.numpy()) or 0) < len(raw):
-                raise cut_off(self._stored.file)
+        each = (self.stored.end - self.stored.start) // max(1, len(self))
+        raw = memory.take(torch.uint8, [(last - first) * each])
+        start, read = self.stored.start + first * each, 0
+        while read < len(raw):  # 2 GB at most are given at once
+            got = os.preadv(self._file.fileno(), [raw.numpy()[read:]], start + read)
+            if not got:
+                raise cut_off(self.stored.file)
+            read += got
         return raw.view(self.dtype).reshape(last - first, *self.shape[1:])
 
 
@@ -235,20 +229,24 @@ class Journal:
 
 
 class Writer:
-    """A file written and hashed by a second thread, one piece behind; on the disk, and not in memory, when it is closed.
+    """A file written and hashed by a second thread, one piece behind; a third brings it to the disk.
 
-    The page cache holds little of it at any time, so what is read back of it comes from the disk.
+    The page cache holds little of it at any time, so what is read back of it comes from the disk. When it is closed, all
+    of it is there.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file, self._digest, self._behind = path.open("wb"), hashlib.sha256(), 0
-        self._thread = ThreadPoolExecutor(1)
-        self._last: Future[None] | None = None
+        self._file, self._digest = path.open("wb"), hashlib.sha256()
+        self._writer, self._syncer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._written: Future[None] | None = None
+        self._synced: Future[None] | None = None
+        self._asked = 0  # bytes that the third thread knows of
+        self.on_disk = 0  # bytes from the file's beginning
 
     def write(self, values: Any) -> None:
         """Bytes, which must not change any more. Raises what went wrong with those before."""
-        self._wait()
-        self._last = self._thread.submit(self._put, memoryview(values))
+        self._wait(self._written)
+        self._written = self._writer.submit(self._put, memoryview(values))
 
     @property
     def sha256(self) -> str:
@@ -258,15 +256,16 @@ class Writer:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        with self._file, self._thread:
+        with self._file, self._syncer, self._writer:
             if not kind:
-                self._wait()
+                self._wait(self._written)
                 self._sync()
+                self._wait(self._synced)
 
-    def _wait(self) -> None:
+    def _wait(self, work: Future[None] | None) -> None:
         try:
-            if self._last:
-                self._last.result()
+            if work:
+                work.result()
         except OSError as error:  # a full disk does not say which file
             error.filename = error.filename or self._file.name
             raise
@@ -276,25 +275,30 @@ class Writer:
             chunk = values[at : at + CHUNK]
             self._file.write(chunk)
             self._digest.update(chunk)
-            self._behind += len(chunk)
-            if self._behind >= SYNCED:
+            if self._file.tell() - self._asked >= SYNCED:
                 self._sync()
 
     def _sync(self) -> None:
+        """Has what was written brought to the disk, once what was before it is there."""
+        self._wait(self._synced)
         self._file.flush()
+        self._asked = self._file.tell()
+        self._synced = self._syncer.submit(self._bring, self._asked)
+
+    def _bring(self, end: int) -> None:
         os.fsync(self._file.fileno())
-        _drop(self._file)
-        self._behind = 0
+        _drop(self._file, self.on_disk, end)
+        self.on_disk = end
 
 
 def rewrite(
     base: Path, folder: Path, changes: Mapping[str, Callable[[Any, Any], Any]], journal: Journal | None = None
-) -> Iterator[str]:
-    """Writes every weight file of `base` into `folder`, the tensors named in `changes` as these give them; yields names.
+) -> Generator[str, None, None]:
+    """Writes every weight file of `base` into `folder`, the tensors named in `changes` as these give them.
 
-    A change is given the tensor on disk and memory for its new values. Shapes and dtypes stay, so the files keep their
-    headers; what is not changed is copied byte for byte. One tensor at a time is in memory, and the one being written.
-    A file is synced, then added to the journal; those in it already are not written again.
+    Yields the name of each once it is on the disk. A change is given the tensor on disk and memory for its new values.
+    Shapes and dtypes stay, so the files keep their headers; what is not changed is copied byte for byte. One tensor at a
+    time is in memory, and the one being written. A whole file is added to the journal; one in it is not written again.
     """
     memory, other = Memory(), Memory()  # one is written while the other is computed
     for shard in shards(base):
@@ -304,35 +308,39 @@ def rewrite(
         with shard.open("rb") as old, Writer(folder / shard.name) as new:
             length = old.read(8)
             new.write(length + old.read(int.from_bytes(length, "little")))
+            behind = deque[Stored]()
             for name, tensor in stored(shard).items():
                 if name in changes:
-                    new.write(_changed(tensor, changes[name], memory))
+                    new.write(_changed(OnDisk(tensor, old), changes[name], memory))
                     memory, other = other, memory
                 else:
                     for chunk in tensor.chunks(old):
                         new.write(chunk)
-                yield name
+                behind.append(tensor)
+                while behind and behind[0].end <= new.on_disk:
+                    yield behind.popleft().name
         if journal:
             journal.add(shard.name, new.sha256)
+        yield from (tensor.name for tensor in behind)
     if (index := index_of(base)) is not None:
         (folder / INDEX).write_bytes(index.read_bytes())
 
 
-def _changed(tensor: Stored, change: Callable[[Any, Any], Any], memory: Memory) -> Any:
+def _changed(tensor: OnDisk, change: Callable[[Any, Any], Any], memory: Memory) -> Any:
     """The bytes of a tensor's new values. Raises `ValueError` for other values than the header has room for."""
     import torch
 
-    dtype = tensor.float_type
-    after = change(OnDisk(tensor), memory.take(tensor.end - tensor.start).view(dtype).reshape(tensor.shape))
-    if (after.dtype, after.shape) != (dtype, tensor.shape):
-        raise ValueError(f"{tensor.name} would become {after.dtype} {tuple(after.shape)}")
+    one = tensor.stored
+    after = change(tensor, memory.take(tensor.dtype, one.shape))
+    if (after.dtype, after.shape) != (tensor.dtype, one.shape):
+        raise ValueError(f"{one.name} would become {after.dtype} {tuple(after.shape)}")
     return after.contiguous().flatten().view(torch.uint8).numpy()
 
 
-def _drop(file: BinaryIO) -> None:
+def _drop(file: BinaryIO, start: int, end: int) -> None:
     """Lets the system forget what it holds of the file in memory, where it takes such advice."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
 
 
 def sync(path: Path) -> None:

@@ -14,15 +14,25 @@ DoRA's norm in float32.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from pipeline.errors import UserError
-from pipeline.merging.blocks import over_blocks
+from pipeline.merging.blocks import Memory, over_blocks
 
 Arithmetic = Literal["float32", "peft"]
-At = Callable[[slice, Any], tuple[Any, Any, Any]]
 UNIT = 2**-24  # unit roundoff of float32
 NOTHING = 1e-300  # where not even a last bit may differ
+
+
+class Exact(NamedTuple):
+    """Of rows, in a wider dtype. All of it may be written over by who asked for it."""
+
+    was: Any
+    values: Any
+    allowed: Callable[[], Any]  # how far `merged` may be off; asked last: it may take the memory of `values`
+
+
+At = Callable[[slice, Any], Exact]  # of rows, and these rows of the weight
 
 
 class Update(Protocol):
@@ -38,10 +48,7 @@ class Update(Protocol):
         """
 
     def exact(self, weight: Any, arithmetic: Arithmetic = "float32") -> At:
-        """Gives, of rows and these rows of the weight, in a wider dtype: these, the values, how far `merged` may be off.
-
-        Of `weight` the same is asked for.
-        """
+        """What `merged` should give. Of `weight` the same is asked for; what of one block was given is gone with the next."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,16 @@ class Factor:
     a: Any
     b: Any
     scale: float
+
+
+class Product(NamedTuple):
+    """A and s·B, the norms of their columns and rows, and the share of these that a sum in float32 may be off."""
+
+    a: Any
+    b: Any
+    a_norm: Any
+    b_norm: Any
+    share: float
 
 
 @dataclass(frozen=True)
@@ -119,79 +136,75 @@ class LowRank:
         In float64; a LoRA of 16-bit weights in float32, whose own error, as large, is added.
         """
         if self.magnitude is None:
-            return self._sums_as_peft(weight) if arithmetic == "peft" else self._sums(weight, rounded=True)
+            return self._rounded_as_peft(weight) if arithmetic == "peft" else self._rounded_once(weight)
         # of a norm: squares summed one after the other in float32; in float64 nothing that counts
         squares = len(weight) if self.embedding else weight.numel() // max(1, len(weight))
         of_norm = ((squares / 2 if arithmetic == "peft" else 0) + 4) * UNIT
-        sums = self._sums(weight)
+        wide, products = self._products(weight)
+
+        def sums(rows: slice, block: Any) -> tuple[Any, Any, Any]:
+            was = block.to(wide)
+            total = _summed(products, rows, was)
+            return was, total, _error_of_sum(products, rows, total.abs())
+
         by_column = _norms(weight, sums) if self.embedding else None
 
-        def at(rows: slice, block: Any) -> tuple[Any, Any, Any]:
+        def at(rows: slice, block: Any) -> Exact:
             was, total, error = sums(rows, block)
             magnitude = (self.magnitude if self.embedding else self.magnitude[rows, None]).double()
             norm, off = by_column or (total.norm(dim=1, keepdim=True), error.norm(dim=1, keepdim=True))
             factor = magnitude / norm
             error.addcmul_(total.abs(), off / norm + of_norm).mul_(factor.abs())
             total.mul_(factor)
-            return was, total, error.add_(rounding(total, weight))
+            return Exact(was, total, lambda: error.add_(rounding(total, weight)))
 
         return at
 
-    def _sums(self, weight: Any, rounded: bool = False) -> At:
-        """Of rows, W + Σ s·B·A, and how far the sum in float32 may be from it, before or after it is rounded.
+    def _rounded_once(self, weight: Any) -> At:
+        """Each block in the memory of the one before."""
+        wide, products = self._products(weight)
+        share, least = half_unit(weight, wide)
+        before, total = Memory(), Memory()
 
-        A partial sum is no larger than the whole and the products that follow: so what each rounds is bounded by these.
-        """
-        import torch
-
-        wide, known = self._widened(weight)
-        shares = [share for *_, share in known]
-        last = half_unit(weight) if rounded else (0.0, 0.0)
-
-        def at(rows: slice, block: Any) -> tuple[Any, Any, Any]:
-            was, total = block.to(wide), None
-            for a, b, *_ in known:
-                total = torch.mm(b[rows], a).add_(was) if total is None else total.addmm_(b[rows], a)
-            error, part = total.abs(), sum(shares) + last[0]  # type: ignore[union-attr]
-            for _, _, a_norm, b_norm, share in known:
-                error.addr_(b_norm[rows], a_norm, beta=part, alpha=sum(shares) + share)
-                part = 1.0
-            return was, total, error.add_(last[1])
+        def at(rows: slice, block: Any) -> Exact:
+            was = before.take(wide, block.shape).copy_(block)
+            values = _summed(products, rows, was, total.take(wide, block.shape))
+            return Exact(was, values, lambda: _error_of_sum(products, rows, values.abs_(), share).add_(least))
 
         return at
 
-    def _sums_as_peft(self, weight: Any) -> At:
-        """The same, where each adapter is rounded before the next is added; of an embedding also its update."""
+    def _rounded_as_peft(self, weight: Any) -> At:
+        """Where each adapter is rounded before the next is added; of an embedding also its update."""
         import torch
 
-        wide, known = self._widened(weight)
+        wide, products = self._products(weight)
 
-        def at(rows: slice, block: Any) -> tuple[Any, Any, Any]:
+        def at(rows: slice, block: Any) -> Exact:
             was = block.to(wide)
             total, error = was.clone(), None
-            for a, b, a_norm, b_norm, share in known:
+            for one in products:
                 if error is not None:  # what the adapter before was rounded to
                     error.add_(rounding(total.abs().add_(error), weight))
-                of_sum = total.abs().addr_(b_norm[rows], a_norm, beta=share, alpha=share)
+                of_sum = _error_of_sum([one], rows, total.abs())
                 error = of_sum if error is None else error.add_(of_sum)
                 if self.embedding:
-                    error.add_(rounding(torch.mm(b[rows], a), weight))
-                total.addmm_(b[rows], a)
-            return was, total, error.add_(rounding(total, weight))  # type: ignore[union-attr]
+                    error.add_(rounding(torch.mm(one.b[rows], one.a), weight))
+                total.addmm_(one.b[rows], one.a)
+            return Exact(was, total, lambda: error.add_(rounding(total, weight)))  # type: ignore[union-attr]
 
         return at
 
-    def _widened(self, weight: Any) -> tuple[Any, list[tuple[Any, Any, Any, Any, float]]]:
-        """The dtype to compute in; of each adapter A, s·B, the norms of their columns and rows, the share a sum may be off."""
+    def _products(self, weight: Any) -> tuple[Any, list[Product]]:
+        """The dtype to compute in, and each adapter's product in it."""
         import torch
 
         narrow = weight.dtype.itemsize < 4 and self.magnitude is None
         wide, sums = (torch.float32, 2) if narrow else (torch.float64, 1)
-        known = []
+        products = []
         for factor in self.factors:
             a, b = factor.a.to(wide), factor.b.to(wide) * factor.scale
-            known.append((a, b, a.norm(dim=0), b.norm(dim=1), sums * (len(a) + 4) * UNIT))
-        return wide, known
+            products.append(Product(a, b, a.norm(dim=0), b.norm(dim=1), sums * (len(a) + 4) * UNIT))
+        return wide, products
 
 
 @dataclass(frozen=True)
@@ -205,9 +218,9 @@ class Replacement:
         return self.tensor.to(weight.dtype, copy=True)
 
     def exact(self, weight: Any, arithmetic: Arithmetic = "float32") -> At:
-        def at(rows: slice, block: Any) -> tuple[Any, Any, Any]:
+        def at(rows: slice, block: Any) -> Exact:
             new = self.tensor.reshape(weight.shape)[rows].double()  # a number alone comes as a row of one
-            return block.double(), new, rounding(new, weight)
+            return Exact(block.double(), new, lambda: rounding(new, weight))
 
         return at
 
@@ -227,7 +240,7 @@ class Rows:
         """Every other row may be off by nothing."""
         import torch
 
-        def at(rows: slice, block: Any) -> tuple[Any, Any, Any]:
+        def at(rows: slice, block: Any) -> Exact:
             was = block.double()
             new = was.clone()
             error = torch.full_like(new, NOTHING)
@@ -235,7 +248,7 @@ class Rows:
             tokens = self.tokens[inside] - rows.start
             new[tokens] = self.values[inside].double()
             error[tokens] = rounding(new[tokens], weight)
-            return was, new, error
+            return Exact(was, new, lambda: error)
 
         return at
 
@@ -302,7 +315,31 @@ def _sum(one: Change, other: Change) -> Change:
     return Change(load, adds_up=True)
 
 
-def _norms(weight: Any, sums: At) -> tuple[Any, Any]:
+def _summed(products: Sequence[Product], rows: slice, was: Any, out: Any = None) -> Any:
+    """Of rows, W + Σ s·B·A."""
+    import torch
+
+    first, *others = products
+    total = torch.mm(first.b[rows], first.a, out=out).add_(was)
+    for one in others:
+        total.addmm_(one.b[rows], one.a)
+    return total
+
+
+def _error_of_sum(products: Sequence[Product], rows: slice, total: Any, rounded: float = 0.0) -> Any:
+    """How far this sum may be from one in float32, in the memory of its absolute values; and what share it is rounded by.
+
+    A partial sum is no larger than the whole and the products that follow: so what each rounds is bounded by these.
+    """
+    shares = sum(one.share for one in products)
+    part = shares + rounded
+    for one in products:
+        total.addr_(one.b_norm[rows], one.a_norm, beta=part, alpha=shares + one.share)
+        part = 1.0
+    return total
+
+
+def _norms(weight: Any, sums: Callable[[slice, Any], tuple[Any, Any, Any]]) -> tuple[Any, Any]:
     """‖V‖ of each column in float64, and how far that of the sum in float32 may be from it."""
     found = over_blocks(weight, lambda rows: [one.square().sum(0) for one in sums(rows, weight[rows])[1:]])
     norm, off = (sum(squares) ** 0.5 for squares in zip(*found, strict=True))
@@ -311,13 +348,16 @@ def _norms(weight: Any, sums: At) -> tuple[Any, Any]:
 
 def rounding(values: Any, weight: Any) -> Any:
     """Half a unit in the last place of the weight's dtype."""
-    share, least = half_unit(weight)
+    share, least = half_unit(weight, values.dtype)
     return values.abs().mul_(share).add_(least)
 
 
-def half_unit(weight: Any) -> tuple[float, float]:
-    """Of the weight's dtype: a share of the value, and what is added to it below the smallest normal number."""
+def half_unit(weight: Any, wide: Any) -> tuple[float, float]:
+    """Of the weight's dtype: a share of the value, and what is added to it below the smallest normal number.
+
+    What is added is a normal number of `wide`: with any smaller one, some cores take a hundred times as long.
+    """
     import torch
 
     limits = torch.finfo(weight.dtype)
-    return limits.eps / 2, limits.tiny * limits.eps / 2
+    return limits.eps / 2, max(limits.tiny * limits.eps / 2, torch.finfo(wide).tiny)

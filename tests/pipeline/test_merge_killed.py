@@ -41,6 +41,9 @@ class Moment:
     named: bool = False  # the folder has its name by then
 
 
+CHECKED = "pipeline.merging.receipt.WeightCheck.receipt"  # all tensors have passed
+CHECKER = "pipeline.merging.receipt.WeightCheck.compare"  # in a process of its own, which is killed then
+
 # in the order of a merge, each run going on from where the one before was stopped
 MOMENTS = [
     Moment("pipeline.merging.shards._changed", nth=3),  # in the middle of the second file; of the first nothing changes
@@ -51,7 +54,8 @@ MOMENTS = [
     Moment("a full disk"),
     Moment("pipeline.merging.shards.Journal.add", after=True),
     Moment("pipeline.merge.Merge._write_the_rest", after=True),
-    Moment("pipeline.merging.receipt._compare", nth=5),
+    Moment("pipeline.beside._done", nth=5),  # tensors that have passed
+    Moment(CHECKER),
     Moment("os.rename", of="/model"),
     Moment("os.rename", of="/model", after=True, named=True),
     Moment("pipeline.merge._put", after=True, by=signal.SIGTERM, named=True),
@@ -143,9 +147,12 @@ def test_killed_at_every_stage_of_it_nothing_looks_finished_and_resumed_it_is_th
     known: dict[str, str] = {}
     for number, moment in enumerate(MOMENTS):
         code = run(in_shards(resume=number > 0), moment)
-        assert code == {"a full disk": 4}.get(moment.function, 3 if moment.by == signal.SIGTERM else -moment.by), moment
+        assert code == {"a full disk": 4, CHECKER: 1}.get(moment.function, 3 if moment.by == signal.SIGTERM else -9), (
+            moment
+        )
         file, facts = next(records(workspace))
-        assert file.id != whole.id and liveness(facts) == {-9: "dead", 3: "cancelled", 4: "failed"}[code], moment
+        reads = {-9: "dead", 3: "cancelled", 4: "failed", 1: "failed"}[code]
+        assert file.id != whole.id and liveness(facts) == reads, moment
         output = workspace.checkpoints / file.id
         assert (output / "model").exists() == moment.named, moment
         if moment.named:  # whole and checked: only the record does not say so yet
@@ -175,7 +182,7 @@ def test_killed_at_every_stage_of_it_nothing_looks_finished_and_resumed_it_is_th
 def test_files_of_another_adapter_or_arithmetic_or_that_changed_are_not_gone_on_with(
     in_shards: Callable[..., Job], trained_copy: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(in_shards(), Moment("pipeline.merging.receipt._compare")) == -signal.SIGKILL
+    assert run(in_shards(), Moment(CHECKED)) == -signal.SIGKILL
     file, _ = next(records(trained_copy.workspace))
     output = trained_copy.workspace.checkpoints / file.id
     number = len(json.loads((output / "merge.json").read_text())["files"])
@@ -186,7 +193,7 @@ def test_files_of_another_adapter_or_arithmetic_or_that_changed_are_not_gone_on_
 
     torn = sorted(output.glob("model.partial/*.safetensors"))[1]
     torn.write_bytes(torn.read_bytes()[:-1])
-    assert run(in_shards(resume=True), Moment("pipeline.merging.receipt._compare")) == -signal.SIGKILL
+    assert run(in_shards(resume=True), Moment(CHECKED)) == -signal.SIGKILL
     assert len(json.loads((output / "merge.json").read_text())["files"]) == number
     content = bytearray(torn.read_bytes())
     content[-1] ^= 1
@@ -196,7 +203,7 @@ def test_files_of_another_adapter_or_arithmetic_or_that_changed_are_not_gone_on_
     assert f"goes on with {number - 1} of {number} files, whole by their hashes" in capsys.readouterr().err
 
     # the adapter was made anew meanwhile
-    assert run(in_shards(), Moment("pipeline.merging.receipt._compare")) == -signal.SIGKILL
+    assert run(in_shards(), Moment(CHECKED)) == -signal.SIGKILL
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(trained_copy.output("sft") / name, trained_copy.output("dpo") / name)
     facts = trained_copy.record("dpo").facts()

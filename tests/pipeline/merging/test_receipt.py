@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.errors import StageFailed
 from pipeline.merging import lora, receipt
-from pipeline.merging.receipt import Changed, check_logits, check_weights
-from pipeline.merging.shards import rewrite
+from pipeline.merging.receipt import Changed, WeightCheck, check_logits
+from pipeline.merging.shards import rewrite, tensors
 from pipeline.merging.update import Adapter, Arithmetic, Factor, LowRank, together
 from pipeline.model import Base
 
@@ -43,7 +43,11 @@ class Merged:
     def check(
         self, adapter: Adapter | None = None, arithmetic: Arithmetic = "float32"
     ) -> tuple[dict[str, Any], list[Changed]]:
-        return check_weights(self.base.folder, self.folder, adapter or self.adapter, arithmetic)
+        check = WeightCheck(self.base.folder, self.folder, adapter or self.adapter, arithmetic)
+        check.files()
+        names = list(tensors(self.base.folder))
+        assert list(check.each(names)) == names
+        return check.receipt(), check.changed()
 
     def weights(self, adapter: Adapter | None = None, arithmetic: Arithmetic = "float32") -> dict[str, Any]:
         return self.check(adapter, arithmetic)[0]

@@ -1,5 +1,6 @@
 """Weights on disk are written a tensor at a time into the files they came in."""
 
+import errno
 import json
 import os
 import subprocess
@@ -264,12 +265,36 @@ def test_a_file_is_on_the_disk_before_the_journal_says_so(
     assert synced == ["one.safetensors", *journal, "two.safetensors", *journal]
 
 
+def test_a_tensor_is_named_once_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third is brought there with the file's end alone, and the disk is full then."""
+    for folder in (model := tmp_path / "model", out := tmp_path / "out"):
+        folder.mkdir()
+    save_file({name: torch.full((1 << 18,), 1.0) for name in "abc"}, model / SINGLE)
+    monkeypatch.setattr("pipeline.merging.shards.SYNCED", 2 << 20)
+    assert list(rewrite(model, out, {})) == ["a", "b", "c"]
+
+    honest, synced = os.fsync, list[int]()
+
+    def fsync(handle: int) -> None:
+        if synced:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        honest(handle)
+        synced.append(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    names = []
+    with pytest.raises(OSError, match=f"No space left on device.*{SINGLE}"):
+        for name in rewrite(model, out, {}):
+            names.append(name)
+    assert synced and "c" not in names
+
+
 MEASURED = """
 import resource, sys
 from functools import partial
 from pathlib import Path
 import torch
-from pipeline.merging.receipt import check_weights
+from pipeline.merging.receipt import WeightCheck
 from pipeline.merging.shards import rewrite
 from pipeline.merging.update import Adapter, Change, Factor, LowRank, Updates
 
@@ -284,9 +309,10 @@ def merge(base):
         names = [f"layers.{n}.weight" for n in range(int(base.name))]
         updates = Updates({name: change for name in names})
         functions = {n: (lambda w, out, n=n: updates[n].merged(w, arithmetic, out)) for n in names}
-        list(rewrite(base, out, functions))
-        check_weights(base, out, Adapter("LoRA", updates), arithmetic)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        check = WeightCheck(base, out, Adapter("LoRA", updates), arithmetic)
+        assert sorted(check.each(rewrite(base, out, functions))) == sorted(names)
+    processes = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    return max(resource.getrusage(one).ru_maxrss for one in processes) * 1024
 
 (torch.randn(1024, 2048) @ torch.randn(2048, 8)).double().norm()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -8,7 +8,18 @@ import pytest
 import torch
 
 from pipeline.merging.blocks import BLOCK, blocks, over_blocks
-from pipeline.merging.update import Adapter, Change, Factor, LowRank, Replacement, Rows, Update, Updates, together
+from pipeline.merging.update import (
+    Adapter,
+    Change,
+    Factor,
+    LowRank,
+    Replacement,
+    Rows,
+    Update,
+    Updates,
+    half_unit,
+    together,
+)
 
 OUT, IN = 700, 500  # several blocks
 assert OUT * IN > 2 * BLOCK
@@ -70,8 +81,13 @@ def plainly(update: Any, weight: torch.Tensor) -> torch.Tensor:
 def shares(update: Update, weight: torch.Tensor, merged: torch.Tensor, arithmetic: Any) -> torch.Tensor:
     """How much of its bound each element is off."""
     at = update.exact(weight, arithmetic)
-    found = [(merged[rows].double(), *at(rows, weight[rows])[1:]) for rows in blocks(weight)]
-    return torch.cat([(values - exact).abs() / allowed for values, exact, allowed in found])
+
+    def share(rows: slice) -> torch.Tensor:
+        exact = at(rows, weight[rows])
+        off = merged[rows].double() - exact.values
+        return off.abs() / exact.allowed()
+
+    return torch.cat([share(rows) for rows in blocks(weight)])
 
 
 @BOTH
@@ -83,7 +99,7 @@ def test_what_is_merged_is_the_exact_sum_within_the_bound(kind: str, dtype: torc
     merged = update.merged(weight, arithmetic)
     at = update.exact(weight, arithmetic)
     assert torch.equal(weight, kept) and merged.dtype == dtype and merged.shape == weight.shape
-    exact = torch.cat(over_blocks(weight, lambda rows: at(rows, weight[rows])[1]))
+    exact = torch.cat(over_blocks(weight, lambda rows: at(rows, weight[rows]).values.clone()))
     assert exact.dtype.itemsize > dtype.itemsize  # LoRA of 16 bits in float32, all else in float64
     close = {"rtol": 1e-11, "atol": 1e-12} if exact.dtype == torch.float64 else {"rtol": 1e-6, "atol": 1e-6}
     torch.testing.assert_close(exact.double(), plainly(update, weight), **close)
@@ -134,14 +150,22 @@ def test_no_other_row_than_a_trained_token_s_may_change_by_anything() -> None:
     assert (shares(update, weight, merged, "float32") > 1).nonzero().tolist() == [[5, 5]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_nothing_is_computed_with_numbers_below_the_smallest_normal_one(dtype: torch.dtype) -> None:
+    """Each takes some cores a hundred times as long, and the rounding of bf16's smallest number is one in float32."""
+    for wide in (torch.float32, torch.float64):
+        share, least = half_unit(torch.empty(0, dtype=dtype), wide)
+        assert share == torch.finfo(dtype).eps / 2 and least >= torch.finfo(wide).tiny
+
+
 def test_biases_and_single_numbers_are_replaced_too() -> None:
     for shape in ((9,), ()):
         update, weight = Replacement(torch.full(shape, 0.1)), torch.zeros(shape).bfloat16()
         merged = update.merged(weight)
         assert merged.shape == shape and merged.dtype == torch.bfloat16
-        was, exact, allowed = update.exact(weight := torch.atleast_1d(weight))(slice(0, 9), weight)
-        assert torch.equal(was, weight.double())
-        assert (torch.atleast_1d(merged).double() - exact).abs().max() <= allowed.max() < 1e-3
+        exact = update.exact(weight := torch.atleast_1d(weight))(slice(0, 9), weight)
+        assert torch.equal(exact.was, weight.double())
+        assert (torch.atleast_1d(merged).double() - exact.values).abs().max() <= exact.allowed().max() < 1e-3
 
 
 def adapter(kind: str = "LoRA", **updates: Update) -> Adapter:

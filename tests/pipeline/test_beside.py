@@ -1,0 +1,129 @@
+"""Work beside the program: its results come in order, its faults come through, and nothing of it outlives the program."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.beside import beside, in_processes
+from pipeline.errors import StageFailed, UserError
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def test_what_a_thread_finds_or_raises_is_given_to_who_waits() -> None:
+    assert beside(lambda: 7)() == 7
+    wait = beside(lambda: {}["nothing"])
+    with pytest.raises(KeyError, match="nothing"):
+        wait()
+
+
+def test_items_come_in_their_order_and_before_all_are_known() -> None:
+    """The first takes longest; the last is asked for only once others have come."""
+    came: list[str] = []
+
+    def items() -> Iterator[str]:
+        yield from ("0.3", "0.0", "0.1")
+        while not came:
+            time.sleep(0.05)
+            yield "0.0"
+        yield "last"
+
+    def work(item: str) -> int:
+        time.sleep(float(item) if item != "last" else 0)
+        return os.getpid()
+
+    found = []
+    for item, worker in in_processes(work, items(), 2):
+        came.append(item)
+        found.append(worker)
+    assert came[:3] == ["0.3", "0.0", "0.1"] and came[-1] == "last"
+    assert len(set(found)) == 2 and os.getpid() not in found
+
+
+def test_what_the_work_knows_need_not_be_sent() -> None:
+    secret = {"a": lambda: 1}  # nothing that can be pickled
+    assert list(in_processes(lambda name: secret[name](), ["a"], 1)) == [("a", 1)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [StageFailed("b is wrong", step=3, rows=["r"]), UserError("is cut off", where="file:1", remedy="again")],
+    ids=str,
+)
+def test_an_error_comes_through_whole_and_ends_the_others(error: Exception) -> None:
+    def work(item: str) -> str:
+        if item == "b":
+            raise error
+        return item
+
+    found, before = [], psutil.Process().children()
+    with pytest.raises(type(error)) as raised:
+        for item, _ in in_processes(work, "abc" * 50, 2):
+            found.append(item)
+    assert found == ["a"] and str(raised.value) == str(error) and vars(raised.value) == vars(error)
+    assert psutil.Process().children() == before
+
+
+def test_an_error_of_who_gives_the_items_ends_the_processes() -> None:
+    def items() -> Iterator[str]:
+        yield "a"
+        raise StageFailed("the disk is full")
+
+    before = psutil.Process().children()
+    with pytest.raises(StageFailed, match="the disk is full"):
+        list(in_processes(str.upper, items(), 2))
+    assert psutil.Process().children() == before
+
+
+def test_a_process_that_is_killed_is_said_to_be() -> None:
+    def work(item: str) -> None:
+        if item == "b":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(
+        StageFailed, match="the process at work on b was killed, perhaps for want of memory; try --resume"
+    ):
+        list(in_processes(work, "ab", 1))
+
+
+STARTED = """
+import os, sys, time
+from pipeline.beside import in_processes
+
+def work(item):
+    os.write(1, b"%d\\n" % os.getpid())
+    time.sleep(600)
+
+list(in_processes(work, "ab", 2))
+"""
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda sign: sign.name)
+def test_no_process_outlives_the_one_it_works_for(sign: signal.Signals) -> None:
+    """Killed, it ends nothing itself; Ctrl-C and SIGTERM reach the whole group, of which only the parent heeds them."""
+    environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
+    command = [sys.executable, "-c", STARTED]
+    parent = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert parent.stdout
+    workers = [psutil.Process(int(parent.stdout.readline())) for _ in range(2)]
+    if sign == signal.SIGKILL:
+        parent.kill()
+    else:
+        for worker in workers:
+            worker.send_signal(sign)
+        time.sleep(0.2)
+        assert all(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+        parent.kill()
+    parent.wait(60)
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive
+    parent.communicate()
