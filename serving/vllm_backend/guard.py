@@ -5,7 +5,8 @@
 vLLM has a dozen more ways to generate, passes over what it does not know, and answers who names no model from the base below
 the adapters. Here: the promised paths alone; the API key on each, since vLLM asks for it below /v1 only; a body of limited
 size, checked by the types of `serving/front/protocol.py`; a model by name; no special token in a message, where it would forge
-a turn. vLLM is given what was checked, not what was sent. The models are listed here, the one that was asked for first.
+a turn; and nothing new while the server ends, when vLLM still says that it is ready, and fails. vLLM is given what was
+checked, not what was sent. The models are listed here, the one that was asked for first.
 Plain ASGI, pydantic and the standard library alone, since vLLM's environment loads it.
 """
 
@@ -18,7 +19,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from serving.front.protocol import ApiError, parsed
+from serving.front.protocol import SHUTTING_DOWN, ApiError, parsed
 from serving.vllm_backend.asked import GENERATING, TAKEN, Asked
 
 Message = MutableMapping[str, Any]
@@ -28,6 +29,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = ("/health", "/ready")  # what a supervisor polls; the page, which asks for the key itself, is around this
+ENDING_TOO = ("/health", "/metrics")  # answered to the end
 MODELS = "/v1/models"
 METHODS = {**dict.fromkeys((*OPEN, "/metrics", MODELS), "GET"), **dict.fromkeys(TAKEN, "POST")}
 TOKENS = {"prompt_tokens": "vllm:prompt_tokens", "completion_tokens": "vllm:generation_tokens"}
@@ -38,7 +40,8 @@ REWRITTEN = (b"content-type", b"content-length", b"transfer-encoding")
 
 class Guard:
     """Reads ALETHEIA_API_KEY; ALETHEIA_MODELS, a JSON list of names, and ALETHEIA_CONTEXT, in tokens; ALETHEIA_MAX_BODY, in
-    bytes; ALETHEIA_RESERVED, a JSON list of the special tokens; and ALETHEIA_COUNTS, the file that the counts go to."""
+    bytes; ALETHEIA_RESERVED, a JSON list of the special tokens; ALETHEIA_COUNTS, the file that the counts go to;
+    ALETHEIA_ENDING, a file that is there once the server is to end, and ALETHEIA_DRAIN, the seconds that it then has."""
 
     def __init__(self, app: App) -> None:
         self.app = app
@@ -48,6 +51,7 @@ class Guard:
         self._most = int(os.environ["ALETHEIA_MAX_BODY"])
         self._reserved: list[str] = json.loads(os.environ["ALETHEIA_RESERVED"])
         self._file = Path(os.environ["ALETHEIA_COUNTS"])
+        self._ending, self._drain = Path(os.environ["ALETHEIA_ENDING"]), os.environ["ALETHEIA_DRAIN"]
         self._began = int(time.time())
         self._counts = {"requests": 0, "refused": 0, "errors": 0}
         self._written = 0.0
@@ -88,11 +92,14 @@ class Guard:
         return await self.app(scope, receive, send)
 
     def _admit(self, scope: Scope) -> None:
-        """Raises `ApiError` without the key, and for what this server has not."""
+        """Raises `ApiError` without the key, while the server ends, and for what this server has not."""
         path = scope["path"]
         if path not in OPEN and not self._knows(scope):
             what = "the API key is missing or wrong: send it as `Authorization: Bearer KEY`"
             raise ApiError(401, what, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        if path not in ENDING_TOO and self._ending.exists():
+            what, wait = "the server is shutting down", {"Retry-After": self._drain}
+            raise ApiError(503, what, code=SHUTTING_DOWN, headers=wait)
         method = "GET" if path.startswith(f"{MODELS}/") else METHODS.get(path)
         if method is None:
             raise ApiError(404, f"this server has no {path}")
@@ -137,7 +144,7 @@ class Guard:
         if token := next((token for m in messages for token in self._reserved if token in m.content), None):
             what = f"messages hold the special token {token}, which would forge a turn"
             raise ApiError(400, what, param="messages")
-        return json.dumps(request.model_dump(exclude_unset=True)).encode()
+        return json.dumps(request.model_dump(exclude_unset=True, by_alias=True)).encode()
 
     def _check_model(self, name: str) -> None:
         if name not in self._models:
@@ -155,7 +162,8 @@ class Guard:
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":
                 status = message["status"]
-                self._counts["requests" if status < 400 else "refused" if status < 500 else "errors"] += 1
+                refused = status < 500 or status == 503
+                self._counts["requests" if status < 400 else "refused" if refused else "errors"] += 1
             await send(message)
 
         return counting

@@ -10,8 +10,10 @@ the context holds in a chat, 16 in a completion.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -31,7 +33,8 @@ from serving.page.feedback import NAME as FEEDBACK
 from serving.vllm_backend.loras import Lora, lora, room
 from serving.vllm_backend.loras import beside as loras_beside
 
-LOG, FILES, COUNTS = "vllm.log", "vllm", "counts.json"  # in the record's folder; the last one in the second
+LOG, FILES = "vllm.log", "vllm"  # in the record's folder
+COUNTS, ENDING = "counts.json", "ending"  # in the latter
 MIDDLEWARE = ("serving.vllm_backend.guard.Guard", "serving.page.page.PageOfEnvironment")  # the last one is outermost
 START = {  # the CPU build cannot run the `vllm` command, which asks for a distribution of that name
     "cuda": ("vllm.entrypoints.cli.main", "serve"),
@@ -140,6 +143,8 @@ class VllmServer:
             "ALETHEIA_FEEDBACK": str(feedback),
             "ALETHEIA_CONTRACT": self.chat.contract.sha256,
             "ALETHEIA_COUNTS": str(files / COUNTS),
+            "ALETHEIA_ENDING": str(files / ENDING),
+            "ALETHEIA_DRAIN": str(math.ceil(max(config.drain_timeout, 1))),
             "ALETHEIA_MAX_BODY": str(int(config.max_body_mb * 1e6)),
             "ALETHEIA_RESERVED": json.dumps(self.chat.reserved_tokens),
         }
@@ -153,7 +158,8 @@ class VllmServer:
 
     def write_files(self, files: Path) -> None:
         files.mkdir(parents=True, exist_ok=True)
-        (files / COUNTS).unlink(missing_ok=True)
+        for left in (COUNTS, ENDING):
+            (files / left).unlink(missing_ok=True)
         tokenizer = self.chat.tokenizer
         (files / "chat_template.jinja").write_text(tokenizer.get_chat_template(), "utf-8")
         roles = {
@@ -180,6 +186,8 @@ class VllmServer:
             child.wait_until(lambda: _healthy(host, port), record.stop)
             ready()
             child.watch(record.stop)
+            with suppress(OSError):  # a full disk does not stand in the way of those that run
+                (files / ENDING).touch()  # for the guard: vLLM itself goes on taking requests, and fails at them
             child.drain()
 
     def _kv_cache_bytes(self) -> int | None:

@@ -80,7 +80,7 @@ def serve(args: argparse.Namespace, how: str, engine: "subprocess.Popen[bytes]")
     from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
     from starlette.routing import Route
 
-    generated = 0
+    generated, running = 0, 0
 
     async def health(_: Request) -> Any:
         return PlainTextResponse("")
@@ -94,12 +94,14 @@ def serve(args: argparse.Namespace, how: str, engine: "subprocess.Popen[bytes]")
             return JSONResponse({"error": {"message": "max_tokens"}}, status_code=400)
 
         async def events() -> Any:
-            nonlocal generated
+            nonlocal generated, running
+            running += 1
             for _ in range(wanted):
                 generated += 1
                 yield "data: word\n\n"
                 await asyncio.sleep(0.02)
             yield "data: [DONE]\n\n"
+            running -= 1
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
@@ -130,8 +132,19 @@ def serve(args: argparse.Namespace, how: str, engine: "subprocess.Popen[bytes]")
         app, host=args.host, port=args.port, timeout_graceful_shutdown=args.shutdown_timeout, log_level="info"
     )
     server = uvicorn.Server(options)
-    if how == "stubborn":
-        server.handle_exit = lambda *_: None  # type: ignore[method-assign]
+
+    async def end_when_idle() -> None:
+        while running:
+            await asyncio.sleep(0.02)
+        server.should_exit = True
+
+    def handle_exit(*_: Any) -> None:
+        """As vLLM does: it goes on listening, and answering, until its engine has nothing left to do."""
+        if how != "stubborn":
+            loop = asyncio.get_running_loop()
+            loop.call_soon_threadsafe(loop.create_task, end_when_idle())
+
+    server.handle_exit = handle_exit  # type: ignore[method-assign]
     server.run()
     engine.kill()
 

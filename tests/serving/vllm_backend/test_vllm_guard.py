@@ -1,6 +1,7 @@
 """What reaches vLLM: the key, the paths, the model and the messages that are let in; and what is counted for the record."""
 
 import json
+import math
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -43,6 +44,8 @@ TAKEN = {**GENERATING, "/tokenize": {"messages": CHAT["messages"]}, "/detokenize
 def guarded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Guarded]:
     """`guarded(key)`: a server that answers everywhere, behind the guard; its counts are in `tmp_path / "counts"`."""
     monkeypatch.setenv("ALETHEIA_COUNTS", str(tmp_path / "counts"))
+    monkeypatch.setenv("ALETHEIA_ENDING", str(tmp_path / "ending"))
+    monkeypatch.setenv("ALETHEIA_DRAIN", "30")
     monkeypatch.setenv("ALETHEIA_MAX_BODY", "1000")
     monkeypatch.setenv("ALETHEIA_MODELS", json.dumps(MODELS))
     monkeypatch.setenv("ALETHEIA_CONTEXT", "2048")
@@ -119,6 +122,19 @@ def test_another_method_is_refused(guarded: Guarded, method: str, path: str) -> 
     assert path in refused(response, 405) and response.headers["allow"] == (
         "POST" if method != "POST" and "models" not in path else "GET"
     )
+
+
+def test_while_it_ends_nothing_new_is_begun_and_a_balancer_is_told(guarded: Guarded, tmp_path: Path) -> None:
+    """vLLM would say that it is ready, and answer 500."""
+    client, known = guarded(KEY), {"Authorization": f"Bearer {KEY}"}
+    assert client.get("/ready").status_code == 200
+    (tmp_path / "ending").touch()
+    for method, path in [("GET", "/ready"), ("GET", "/v1/models"), *(("POST", path) for path in TAKEN)]:
+        response = client.request(method, path, headers=known)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "shutting_down")
+        assert response.headers["retry-after"] == "30"
+    assert [client.get(path, headers=known).status_code for path in ("/health", "/metrics")] == [200, 200]
+    assert client.post("/v1/completions").status_code == 401, "who has no key is told nothing"
 
 
 # ── which model ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -238,6 +254,42 @@ def test_what_vllm_would_fail_at_is_refused(guarded: Guarded, name: str, value: 
     assert name in refused(guarded().post("/v1/chat/completions", json=CHAT | {name: value}))
 
 
+@pytest.mark.parametrize("path", GENERATING)
+@pytest.mark.parametrize("bias", [100.5, -1e9, math.nan, math.inf])
+def test_a_bias_that_vllm_would_cut_in_silence_is_refused(guarded: Guarded, path: str, bias: float) -> None:
+    body = json.dumps(TAKEN[path] | {"logit_bias": {"5": bias}})
+    assert "logit_bias.5" in refused(guarded().post(path, content=body, headers={"Content-Type": "application/json"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "unknown"),
+    [
+        ("structured_outputs", {"choice": ["a"], "nope": 1}, "structured_outputs.nope"),
+        ("structured_outputs", {"json_": {}}, "structured_outputs.json_"),
+        ("response_format", {"type": "json_object", "nope": 1}, "response_format.nope"),
+        (
+            "response_format",
+            {"type": "json_schema", "json_schema": {"name": "a", "schema": {}, "nope": 1}},
+            "response_format.json_schema.nope",
+        ),
+    ],
+)
+def test_nothing_within_a_parameter_is_passed_over_either(
+    guarded: Guarded, name: str, value: Any, unknown: str
+) -> None:
+    """vLLM itself answers as if it were not there."""
+    said = refused(guarded().post("/v1/chat/completions", json=CHAT | {name: value}))
+    assert said == f"this server does not know or support `{unknown}`"
+
+
+@pytest.mark.parametrize("path", GENERATING)
+def test_every_seed_repeats_also_minus_one_which_vllm_takes_for_none(guarded: Guarded, path: str) -> None:
+    asked = [-(2**63), -5, -2, -1, 0, 7, 2**63 - 1]
+    seeds = [given(guarded().post(path, json=TAKEN[path] | {"seed": seed}))["seed"] for seed in asked]
+    assert seeds == [0, 2**63 - 5, 2**63 - 2, 2**63 - 1, 0, 7, 2**63 - 1]
+    assert "seed" not in given(guarded().post(path, json=TAKEN[path] | {"seed": None}))
+
+
 def test_openais_newer_name_of_a_role_is_the_trained_one(guarded: Guarded) -> None:
     asked = CHAT | {"messages": [{"role": "developer", "content": "d"}, *CHAT["messages"]]}
     assert given(guarded().post("/v1/chat/completions", json=asked))["messages"][0] == {
@@ -273,8 +325,12 @@ def test_what_openais_clients_and_lm_eval_send_reaches_vllm(guarded: Guarded) ->
     asked = {
         "max_tokens": 3, "temperature": 0.5, "top_p": 1, "seed": 1234, "n": 2, "stop": ["\n\n"], "stream": True,
         "stream_options": {"include_usage": True}, "ignore_eos": True, "min_p": 0.1, "presence_penalty": 0.5,
-        "logit_bias": {"5": -100}, "structured_outputs": {"choice": ["a", "b"]},
+        "logit_bias": {"5": -100}, "structured_outputs": {"json": {"type": "object"}, "disable_any_whitespace": True},
     }  # fmt: skip
+    schema = {"name": "a", "schema": {"type": "object"}, "strict": True}
+    for shape in ({"type": "text"}, {"type": "json_object"}, {"type": "json_schema", "json_schema": schema}):
+        asked_so = CHAT | {"response_format": shape}
+        assert given(guarded().post("/v1/chat/completions", json=asked_so)) == asked_so
     chat = CHAT | asked | {"logprobs": True, "top_logprobs": 2, "max_completion_tokens": 3}
     assert given(guarded().post("/v1/chat/completions", json=chat | {"tools": [], "user": None, "top_k": None})) == chat
     scored = {
@@ -314,10 +370,13 @@ def test_answers_refusals_and_failures_are_counted_and_kept_when_the_server_ends
     with guarded() as client:
         for status in ("200", "200", "400", "404", "500", "0"):
             client.post("/v1/completions", json=COMPLETION | {"user": status})
+        (tmp_path / "ending").touch()
+        client.post("/v1/completions", json=COMPLETION)
+        (tmp_path / "ending").unlink()
         client.post("/v1/completions", json=COMPLETION | {"user": "x" * 2000})
         client.get("/metrics")
         client.get("/health")
-    counted = {"requests": 2, "refused": 3, "errors": 2, "prompt_tokens": 22}
+    counted = {"requests": 2, "refused": 4, "errors": 2, "prompt_tokens": 22}
     assert json.loads((tmp_path / "counts").read_text()) == counted
     assert [path.name for path in tmp_path.iterdir()] == ["counts"]
 

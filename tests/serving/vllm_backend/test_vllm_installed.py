@@ -12,6 +12,7 @@ from pipeline.chat import Chat
 from pipeline.data.rows import Message
 from serving.backends import Environment
 from serving.serve import load_source, servable
+from tests.serving.processes import until
 
 if TYPE_CHECKING:
     from tests.conftest import Trained
@@ -100,8 +101,9 @@ def test_each_adapters_log_probs_are_pefts(
 
 def test_it_stops_at_the_end_of_turn_and_draws_the_same_with_the_same_seed(server: "Server", question: str) -> None:
     ask: Any = {"model": server.model, "messages": [{"role": "user", "content": question}], "max_tokens": 200}
-    drawn = [server.client.chat.completions.create(**ask, seed=7).choices[0] for _ in range(2)]
-    assert drawn[0].message.content == drawn[1].message.content
+    for seed in (7, -1):  # which vLLM itself takes for none
+        drawn = [server.client.chat.completions.create(**ask, seed=seed).choices[0] for _ in range(2)]
+        assert drawn[0].message.content == drawn[1].message.content
     reasons = [server.client.chat.completions.create(**ask, seed=seed).choices[0].finish_reason for seed in range(8)]
     assert "stop" in reasons
 
@@ -127,6 +129,8 @@ def test_sigterm_lets_it_finish_and_the_record_counts(server: "Server") -> None:
     parts = server.client.completions.create(**ask, stream=True)
     tokens = bool(next(parts).choices[0].text)
     server.process.terminate()
+    until(lambda: httpx.get(server.address.removesuffix("/v1") + "/ready").status_code == 503)
+    assert server.post("completions", json={"model": server.model, "prompt": "a"}).status_code == 503
     tokens += sum(bool(part.choices[0].text) for part in parts)
     code, _, facts = server.ended()
     assert code == 0 and facts.status == "complete" and tokens > 300

@@ -85,14 +85,18 @@ def test_a_server_answers_drains_on_sigterm_and_its_record_counts(
     served: Callable[..., tuple[Client, Facts]], copied: "Trained", capfd: pytest.CaptureFixture[str]
 ) -> None:
     streamed: list[str] = []
+    told: list[int] = []
     begun = threading.Event()
     late: list[threading.Thread] = []
 
     def listen(address: str) -> None:
-        with httpx.stream("POST", f"{address}/chat/completions", json=body(30), timeout=20) as answer:
+        ready = address.removesuffix("/v1") + "/ready"
+        with httpx.stream("POST", f"{address}/chat/completions", json=body(100), timeout=20) as answer:
             for line in answer.iter_lines():
                 streamed.append(line)
                 begun.set()
+                if not told and httpx.get(ready, timeout=20).status_code == 503:
+                    told.append(post(address).status_code)
 
     def ask(address: str) -> list[int]:
         statuses = [post(address).status_code, post(address, tokens=ONE_TOO_MANY).status_code]
@@ -107,15 +111,16 @@ def test_a_server_answers_drains_on_sigterm_and_its_record_counts(
     client, facts = served(ask)
     assert client.found == [200, 400, 200, 200, 200]
     late[0].join(20)
-    assert streamed.count("data: word") == 30 and "data: [DONE]" in streamed
+    assert streamed.count("data: word") == 100 and "data: [DONE]" in streamed
+    assert told == [503], "vLLM would still take it"
     assert (facts.status, facts.results.pop("address")[:17]) == ("complete", "http://127.0.0.1:")
     assert facts.results == {
         "model": "small-merged", "backend": "vllm", "version": "0.32.0", "reason": "asked for, its CPU build",
-        "requests": 2, "refused": 1, "errors": 0, "completion_tokens": 32,
+        "requests": 2, "refused": 2, "errors": 0, "completion_tokens": 102,
     }  # fmt: skip
     said = capfd.readouterr().err
     assert (
-        "vllm 0.32.0: asked for, its CPU build" in said and "served 2 requests, 32 tokens; 1 refused, 0 failed" in said
+        "vllm 0.32.0: asked for, its CPU build" in said and "served 2 requests, 102 tokens; 2 refused, 0 failed" in said
     )
     folder = next(path for path in copied.workspace.experiments.glob("EXP-*") if (path / "engine.pid").exists())
     assert "Application shutdown complete" in (folder / "vllm.log").read_text()
