@@ -24,6 +24,7 @@ SHAPE = {
 }
 STEPS, BATCH, SEQUENCE = 400, 8, 256
 MATRIX_LR, VECTOR_LR = 0.02, 3e-3
+THREADS = 2  # on some processors another number sums in another order
 
 
 def build(folder: Path) -> None:
@@ -51,7 +52,12 @@ def build(folder: Path) -> None:
             **SHAPE,
         )
         model = LlamaForCausalLM(config)
-        _pretrain(model, _sequences(tokenizer, documents))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(THREADS)
+        try:
+            _pretrain(model, _sequences(tokenizer, documents))
+        finally:
+            torch.set_num_threads(threads)
     model.save_pretrained(folder)
 
 

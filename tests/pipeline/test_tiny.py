@@ -97,6 +97,7 @@ def test_same_recipe_gives_the_same_bytes_whatever_the_caller_did_before(
         state = torch.random.get_rng_state()
         recipe.build(tmp_path / str(seed))
         assert torch.equal(torch.random.get_rng_state(), state), "and the caller's own draws stay as they were"
+        assert torch.get_num_threads() == seed
         files = sorted((tmp_path / str(seed)).iterdir())
         hashes.append({f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files})
     torch.set_num_threads(threads)
