@@ -1,5 +1,6 @@
 """What the tests share: a small workspace of its own, and one pipeline trained once for the whole run."""
 
+import functools
 import gc
 import json
 import os
@@ -76,6 +77,16 @@ def libraries_stay() -> None:
     """Each training begins with a collection (accelerate's), which would walk through all that was imported: 0.4 s."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def machine_described_once() -> None:
+    """lm-eval asks a dozen programs, pip among them, what machine this is: for each model it asks anything, 1.4 s."""
+    if "torch" in sys.modules:
+        from torch.utils import collect_env
+
+        if not hasattr(collect_env.get_pretty_env_info, "cache_info"):
+            collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)
 
 
 @pytest.fixture

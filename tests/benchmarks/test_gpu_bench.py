@@ -1,10 +1,12 @@
 """The GPU benchmark at a tiny shape on a CPU: it runs, both sides do the same work, and its arithmetic holds."""
 
 import argparse
+import io
 import json
-import subprocess
+import runpy
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +26,21 @@ TINY = ["--shape", "tiny", "--device", "cpu", "--pairs", "1", "--steps", "1"]
 CPU = torch.device("cpu")
 
 
-ONCE = """
-import gc, runpy, sys
-honest = gc.collect
-gc.collect = lambda: (honest(), gc.freeze())[0]  # each run begins with one, which would walk through all that was imported
-"""
+PROJECT = ("aletheia", "benchmarks", "eval", "pipeline", "serving")
 OURS = ("aletheia", "pipeline.chat", "pipeline.config", "pipeline.data", "pipeline.errors")
 
 
 def start(path: Path, *options: str, without: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
     """Table and JSON of `python benchmarks/gpu.py` where the rest of the project, and these libraries, cannot be imported."""
-    blocked = f"sys.modules.update(dict.fromkeys({[*OURS, *without]}))"
-    code = f"{ONCE}{blocked}; sys.argv[0] = 'benchmarks/gpu.py'; runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", code, *TINY, "--json", str(path), *options]
-    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(path.read_text())
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        for name in [name for name in sys.modules if name.partition(".")[0] in PROJECT]:
+            patch.delitem(sys.modules, name)  # so that what it needs of the project is imported anew
+        for name in (*OURS, *without):
+            patch.setitem(sys.modules, name, None)
+        patch.setattr("sys.argv", ["benchmarks/gpu.py", *TINY, "--json", str(path), *options])
+        runpy.run_path(str(CHECKOUT / "benchmarks" / "gpu.py"), run_name="__main__")
+    return printed.getvalue(), json.loads(path.read_text())
 
 
 @pytest.fixture(scope="module")

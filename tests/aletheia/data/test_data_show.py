@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -134,7 +135,7 @@ def test_every_token_of_every_shipped_row_is_shown_as_its_mask_says(chat: Chat) 
         assert "".join(piece.text for piece in found) == chat.tokenizer.decode(encoded.ids), name
         ends = [piece for piece in found if piece.ends]
         assert [(p.ids, p.text) for p in ends] == [([chat.end_of_turn_id], EOT)] * turns, name
-        assert [p.start for p in found] == [sum(len(q.ids) for q in found[:n]) for n in range(len(found))], name
+        assert [0, *accumulate(len(p.ids) for p in found)] == [*(p.start for p in found), len(encoded.ids)], name
 
 
 def test_json_holds_ids_text_and_mask_token_by_token(aletheia: Aletheia, workspace: Workspace, chat: Chat) -> None:

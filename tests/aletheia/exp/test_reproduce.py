@@ -8,10 +8,11 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pipeline.records.schema import Artifact, Facts, Input
 from pipeline.snapshot import Snapshot
 from pipeline.stage import Job, run_stage
 from pipeline.workspace import CHECKOUT, Workspace
+from tests.forked import Forked
 
 PACKAGES = ("aletheia", "eval", "pipeline", "serving")
 NO_GIT = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
@@ -70,6 +72,22 @@ def git(checkout: Path, *arguments: str) -> str:
     return subprocess.run(command, env=NO_GIT, check=True, capture_output=True, text=True).stdout
 
 
+def command_at(checkout: Path) -> None:
+    """The command, with that checkout for its own and a temporary folder beside it."""
+    for module in (capture, restore):
+        module.CHECKOUT = checkout  # type: ignore[attr-defined]
+    tempfile.tempdir = str(checkout.with_name("temporary"))
+    os.chdir(checkout)
+    main()
+
+
+def start_at(checkout: Path, workspace: Workspace, *arguments: str) -> Forked:
+    """Only what it starts in turn is an interpreter of its own, and that is what must run the code of then."""
+    said = Path(tempfile.mkdtemp(dir=checkout.parent)) / "said"
+    environment = NO_GIT | {"ALETHEIA_ROOT": str(workspace.root)}
+    return Forked(said, *arguments, environment=environment, main=partial(command_at, checkout))
+
+
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """This code as it stands, in a repository of its own, with the rows."""
@@ -93,8 +111,8 @@ class Place:
     capsys: pytest.CaptureFixture[str]
 
     def snapshot(self) -> str:
-        """The id of a new record of the stage `data`."""
-        return run_stage(Snapshot, Job(self.workspace, load_profile(self.workspace, "small"))).id
+        """The id of a new record of the stage `data`; without a base no tokens are counted, which takes longest."""
+        return run_stage(Snapshot, Job(self.workspace, load_profile(self.workspace, "small", ["base_model=./none"]))).id
 
     def facts(self, record: str) -> Facts:
         facts = RecordFile(self.workspace.experiments / f"{record}.yaml").facts()
@@ -351,6 +369,23 @@ def test_a_run_again_that_fails_says_so(then: Place, record: str) -> None:
         then.again(record)
 
 
+def test_an_interrupt_ends_the_run_and_leaves_no_worktree_behind(then: Place) -> None:
+    with (then.checkout / "pipeline" / "snapshot.py").open("a") as out:
+        out.write("\nimport time\n\nSnapshot.run = lambda *_: time.sleep(60)\n")
+    record = then.snapshot()
+    process = start_at(then.checkout, then.workspace, "exp", "reproduce", record)
+    path = then.workspace.experiments / f"{record[:-1]}2.yaml"
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1] == "error: interrupted by SIGINT"
+    assert then.facts(path.stem).status == "cancelled"
+    assert RecordFile(path).person()["description"] == f"Reproduction of {record}"
+
+
 @dataclass(frozen=True)
 class Training:
     """A real SFT in a tree that was dirty in every way, and whose code has moved on since."""
@@ -358,20 +393,6 @@ class Training:
     workspace: Workspace
     checkout: Path
     record: str
-
-    def start(self, *arguments: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            [sys.executable, "-m", "aletheia.cli", *arguments],
-            cwd=self.checkout,
-            env=NO_GIT | {"ALETHEIA_ROOT": str(self.workspace.root), "TMPDIR": str(self.temporary)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    @property
-    def temporary(self) -> Path:
-        return self.checkout.with_name("temporary")
 
     def records(self) -> set[Path]:
         return set(self.workspace.experiments.glob("EXP-*.yaml"))
@@ -386,9 +407,9 @@ def trained_once(committed: Path, tmp_path_factory: pytest.TempPathFactory) -> T
     git(committed, "clone", "-q", str(committed), str(checkout))
     with (checkout / "pipeline" / "sft.py").open("a") as out:
         out.write("\nimport pipeline.planted  # noqa\n")
-    (checkout / "pipeline" / "planted.py").write_text("WHERE = __file__\n")
+    (checkout / "pipeline" / "planted.py").write_text("import sys\n\nprint('the code of then', file=sys.stderr)\n")
     (checkout / "note.txt").write_text("for myself\n")
-    process = Training(Workspace(root), checkout, "").start("sft", "--profile", "small")
+    process = start_at(checkout, Workspace(root), "sft", "--profile", "small")
     out_text, err = process.communicate()
     assert process.returncode == 0, err
     for name in ("pipeline/planted.py", "note.txt"):
@@ -416,9 +437,10 @@ def training(trained_once: Training) -> Iterator[Training]:
 
 def test_a_training_comes_out_bit_for_bit_from_the_code_of_then(training: Training) -> None:
     known = training.records()
-    process = training.start("exp", "reproduce", training.record)
+    process = start_at(training.checkout, training.workspace, "exp", "reproduce", training.record)
     out, err = process.communicate()
     assert process.returncode == 0, err
+    assert "the code of then" in err.splitlines()
     (path,) = training.records() - known
     new = RecordFile(path)
     assert f"{training.record} was reproduced exactly by {new.id}" in out.splitlines()[-1]
@@ -435,24 +457,6 @@ def test_a_training_comes_out_bit_for_bit_from_the_code_of_then(training: Traini
     assert (person["related"], person["tags"]) == ([training.record], ["reproduction"])
     taken, _ = find.source(training.workspace, "small", ["sft"], None)
     assert taken.id == training.record  # a later stage takes the original, not its reproduction
-
-
-def test_an_interrupt_ends_the_run_and_leaves_no_worktree_behind(training: Training) -> None:
-    known = training.records()
-    process = training.start("exp", "reproduce", training.record)
-    deadline = time.monotonic() + 60
-    while training.records() == known and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert err.splitlines()[-1] == "error: interrupted by SIGINT"
-    (path,) = training.records() - known
-    facts = RecordFile(path).facts()
-    assert facts is not None
-    assert facts.status == "cancelled"
-    assert RecordFile(path).person()["description"] == f"Reproduction of {training.record}"
-    assert not list(training.temporary.glob("aletheia-reproduce-*"))
 
 
 def facts(results: dict[str, Any], **more: Any) -> Facts:

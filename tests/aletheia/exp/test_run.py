@@ -19,6 +19,7 @@ from pipeline.records.lifecycle import Record, liveness
 from pipeline.records.schema import Facts, Input
 from pipeline.stage import Job, take
 from pipeline.workspace import Workspace
+from tests.conftest import few_words
 
 
 class Killed(Exception):
@@ -70,6 +71,9 @@ def facts_of(file: RecordFile) -> Facts:
 
 @pytest.fixture
 def world(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> World:
+    few_words(workspace)  # each stage reads them anew, and so does each look at whether they have changed
+    profile = workspace.configs / "small.yaml"
+    profile.write_text(profile.read_text().replace("fraction: 0.0", "fraction: 0.34"))
     world = World(workspace)
 
     def stage_class(stage: str) -> Any:

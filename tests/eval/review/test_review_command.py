@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from tests.eval.review.reviewing import vote_on, write_answers
 
 if TYPE_CHECKING:
     from tests.conftest import Said
+    from tests.forked import Forked
 
     Aletheia = Callable[..., Said]
 
@@ -75,15 +77,23 @@ def test_a_review_from_its_first_page_to_its_end(
     assert err.rstrip().endswith("1 of 10 prompts are judged, and it may not be opened yet")
 
 
+def address_of(process: "Forked") -> str:
+    while not (said := (process.said / "out").read_text()).endswith("\n"):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    return said.strip()
+
+
 def test_a_review_begun_anew_does_not_hide_the_one_before(
-    workspace: Workspace, record: RecordFile, aletheia: "Aletheia", command: Callable[..., "subprocess.Popen[str]"]
+    workspace: Workspace, record: RecordFile, aletheia: "Aletheia", forked: Callable[..., "Forked"]
 ) -> None:
     commitments = []
     for _ in range(3):
-        process = command("review", EXP, "--port", "0", "--n", "8")
-        assert process.stdout and httpx.get(process.stdout.readline().strip()).status_code == 200
+        process = forked("review", EXP, "--port", "0", "--n", "8")
+        assert httpx.get(address_of(process)).status_code == 200
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        process.communicate(30)
+        assert process.returncode == 0
         commitments.append(facts(record).data["human_review"]["base"]["commitment"])
         if len(commitments) == 1:
             vote_on(review_of(record), "anna", lambda item: "model")
