@@ -1,10 +1,12 @@
 """The merge's receipt: the model on disk is base + adapter, checked tensor by tensor and by its logits.
 
-The tensors are read back and compared with base + adapter computed anew, one precision wider. The logits are compared
-with plain peft's, on real prompts, where the model fits in memory: that the adapter was read as peft reads it. A base
-that training saw in 4 or 8 bits is merged as it is stored; how far that takes the answers from those trained is measured.
+The tensors are read back and compared with base + adapter computed anew, one precision wider: each element is the number
+nearest to that, or no further from it than its arithmetic's rounding. The logits are compared with plain peft's, on real
+prompts, where the model fits in memory: that the adapter was read as peft reads it. A base that training saw in 4 or 8
+bits is merged as it is stored; how far that takes the answers from those trained is measured.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -37,7 +39,9 @@ class Changed:
     kind: str  # linear | embedding | replaced | tokens
     relative_change: float  # norm of the update over that of the weight
     rounding_share: float  # norm of the rounding over that of the update
-    share_of_bound: float  # the largest
+    elements: int
+    not_nearest: int  # elements that are another number than the one nearest to base + adapter
+    share_of_bound: float  # the largest, of the blocks with such elements; 0: there are none
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class WeightCheck:
         self._before = tensors(base)
         self._expected = {name: replace(one, file=merged / one.file.name) for name, one in self._before.items()}
         self._found: dict[str, Compared | None] = {}
-        self._memories = Memory(), Memory(), Memory()
+        self._memories = Memory(), Memory(), Memory(), Memory()
 
     def each(self, names: Iterable[str]) -> Iterator[str]:
         """Takes the names of tensors that are on the disk; yields each once it has passed.
@@ -112,6 +116,8 @@ class WeightCheck:
             "modules": len(ordered),
             "kinds": dict(Counter(one.kind for one in ordered)),
             "unchanged_tensors": len(self._before) - len(ordered),
+            "elements": sum(one.elements for one in ordered),
+            "not_nearest": sum(one.not_nearest for one in ordered),
             "worst_share_of_rounding_bound": round(max(one.share_of_bound for one in ordered), 3),
             "smallest_relative_change": _short(ordered[0].relative_change),
             "relative_change": {
@@ -127,28 +133,32 @@ class WeightCheck:
         return [one.changed for _, one in sorted(self._found.items()) if one]
 
     def _compare(self, name: str, old: OnDisk, new: OnDisk, update: Update) -> Compared:
-        import torch
 
         exact = update.exact(old, self._arithmetic)
-        before_block, after_block, off_block = self._memories
-        differ, rounding, change, weight, worst = False, 0.0, 0.0, 0.0, 0.0
+        before_block, after_block, nearest_block, off_block = self._memories
+        differ, rounding, change, weight, worst, others = False, 0.0, 0.0, 0.0, 0.0, 0
         for rows in blocks(old):
             before, after = old.read(rows, before_block), new.read(rows, after_block)
             was, expected, allowed = exact(rows, before)
+            nearest = nearest_block.take(after.dtype, after.shape).copy_(expected)
             off = off_block.take(expected.dtype, expected.shape).copy_(after).sub_(expected)
-            rounding, weight = rounding + _square(off), weight + _square(was)
+            rounded = _square(off)
+            rounding, weight = rounding + rounded, weight + _square(was)
             change += _square(was.sub_(expected))
+            differ = differ or not _same(before, after)
+            if _same(nearest, after) and math.isfinite(rounded):
+                continue
             excess = off.abs_().div_(allowed()).max().item()
             if excess != excess:
                 raise NotMerged(f"{name} holds NaN or infinity, or base + adapter does")
             if not excess <= 1:
                 how = "" if self._arithmetic == "float32" else " in peft's arithmetic"
                 raise NotMerged(f"{name} is {excess:.1f} × the rounding of {new.dtype}{how} away from base + adapter")
-            worst = max(worst, excess)
-            differ = differ or not torch.equal(before, after)
+            worst, others = max(worst, excess), others + int((nearest != after).sum())
         if isinstance(update, LowRank) and not differ:
             raise NotMerged(f"{name} is targeted by the adapter and did not change")
-        changed = Changed(name, update.kind, _ratio(change, weight), _ratio(rounding, change), round(worst, 4))
+        shares = _ratio(change, weight), _ratio(rounding, change)
+        changed = Changed(name, update.kind, *shares, old.numel(), others, round(worst, 4))
         return Compared(changed, change, rounding)
 
 
@@ -228,6 +238,14 @@ def _logits(model: Any, prompts: Sequence[Sequence[int]]) -> Any:
     with torch.inference_mode():
         passes = (model(input_ids=torch.tensor([p], device=model.device)).logits[0, -POSITIONS:] for p in prompts)
         return torch.cat([logits.float().cpu() for logits in passes])
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Bit for bit; by numpy, five times as fast at it as `torch.equal`."""
+    import torch
+
+    mine, its = (values.flatten().view(torch.uint8).numpy() for values in (one, other))
+    return bool((mine == its).all())
 
 
 def _square(values: Any) -> float:

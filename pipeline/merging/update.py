@@ -90,11 +90,13 @@ class LowRank:
         merged = torch.empty(weight.shape, dtype=weight.dtype) if out is None else out
         by_column = None
         if self.magnitude is not None and self.embedding:
-            squares = over_blocks(weight, lambda rows: self._total(weight, rows).double().square_().sum(0))
+            squares = over_blocks(weight, lambda rows: self._total(weight, rows, Memory()).double().square_().sum(0))
             by_column = (self.magnitude / sum(squares) ** 0.5).float()
 
+        memory = Memory()
+
         def merge(rows: slice) -> None:
-            total = self._total(weight, rows)
+            total = self._total(weight, rows, memory)
             if by_column is not None:
                 total.mul_(by_column)
             elif self.magnitude is not None:
@@ -105,10 +107,11 @@ class LowRank:
         over_blocks(weight, merge)
         return merged
 
-    def _total(self, weight: Any, rows: slice) -> Any:
+    def _total(self, weight: Any, rows: slice, memory: Memory) -> Any:
         import torch
 
-        total = weight[rows].to(torch.float32, copy=True)
+        block = weight[rows]
+        total = memory.take(torch.float32, block.shape).copy_(block)
         for factor in self.factors:
             total.addmm_(factor.b[rows], factor.a, alpha=factor.scale)
         return total

@@ -81,7 +81,7 @@ def check(folder: Path, adapter: Path, work: Path, dtype: torch.dtype, roundings
     adapted = logits(PeftModel.from_pretrained(models[0], adapter))
     moved = (adapted - untouched).pow(2).mean().sqrt()
     share = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
-    assert moved > 0.01 and (merged - adapted).pow(2).mean().sqrt() < share * moved
+    assert moved > 1e-3 and (merged - adapted).pow(2).mean().sqrt() < share * moved
 
 
 @pytest.mark.parametrize(
