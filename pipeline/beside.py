@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -45,25 +45,26 @@ def in_processes(work: Callable[[str], T], items: Iterable[str], cores: int) -> 
     `work` raises, and `StageFailed` when one of them is killed.
     """
     pool = ProcessPoolExecutor(cores, get_context("fork"), _begin, (work, os.getpid()))
-    running = deque[tuple[str, Future[T]]]()
+    running, others = deque[tuple[str, Future[T]]](), active_children()
     try:
         pool.submit(int).result()  # they are forked now: before `items` has threads that hold locks
         for item in items:
             running.append((item, pool.submit(_do, item)))
             while running and running[0][1].done():
-                yield _done(*running.popleft())
-        while running:
-            yield _done(*running.popleft())
+                done, future = running.popleft()
+                yield done, future.result()
+        for done, future in running:
+            yield done, future.result()
+    except BaseException as error:
+        for process in active_children():  # one that was killed may hold a lock that the others would wait for
+            if process not in others:
+                process.kill()
+        if isinstance(error, BrokenProcessPool):
+            what = "a process beside this one was killed, perhaps for want of memory"
+            raise StageFailed(what, remedy="--resume") from None
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _done(item: str, future: Future[T]) -> tuple[str, T]:
-    try:
-        return item, future.result()
-    except BrokenProcessPool:
-        what = f"the process at work on {item} was killed, perhaps for want of memory"
-        raise StageFailed(what, remedy="--resume") from None
 
 
 def _begin(work: Callable[[str], Any], parent: int) -> None:

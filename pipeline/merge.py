@@ -69,8 +69,9 @@ class Merge:
         if job.own_process and first.trained_over == "none" and not job.config.merge_config.adapters:
             imports.leave_out("bitsandbytes")
         identity = beside(base.identity)  # reads all of the weights, while the libraries are imported
-        with imports.left_out("scipy"):  # of transformers, losses that find objects in images have use for it
-            import peft  # noqa: F401
+        if job.own_process:
+            with imports.left_out("scipy"):  # of transformers, losses that find objects in images have use for it
+                import peft  # noqa: F401
         chat = base.chat()
         check_trained_on(base, chat, job.workspace, source, identity)
         all_taken = [first, *further(job, base, chat, first)]

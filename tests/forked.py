@@ -12,10 +12,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import Any
 
 from pipeline.workspace import CHECKOUT
+
+get_temp_dir()  # for good: a test may point `tempfile` to a folder of its own, too deep for a socket's path
 
 
 def context() -> ForkServerContext:

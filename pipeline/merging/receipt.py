@@ -54,8 +54,8 @@ class Compared:
 class WeightCheck:
     """Of a model that is merged from `base`: each tensor is read back and compared, in processes beside the merge's.
 
-    Processes, because threads of so many small operations wait for one another in Python. They share nothing with the
-    merge but the files.
+    Processes, because threads of so many small operations wait for one another in Python. They write nothing that the
+    merge reads.
     """
 
     def __init__(self, base: Path, merged: Path, adapter: Adapter, arithmetic: Arithmetic = "float32") -> None:
@@ -133,19 +133,20 @@ class WeightCheck:
         return [one.changed for _, one in sorted(self._found.items()) if one]
 
     def _compare(self, name: str, old: OnDisk, new: OnDisk, update: Update) -> Compared:
+        import torch
 
         exact = update.exact(old, self._arithmetic)
         before_block, after_block, nearest_block, off_block = self._memories
         differ, rounding, change, weight, worst, others = False, 0.0, 0.0, 0.0, 0.0, 0
         for rows in blocks(old):
             before, after = old.read(rows, before_block), new.read(rows, after_block)
+            differ = differ or not torch.equal(before, after)  # as numbers: an update of nothing makes +0 of -0
             was, expected, allowed = exact(rows, before)
             nearest = nearest_block.take(after.dtype, after.shape).copy_(expected)
             off = off_block.take(expected.dtype, expected.shape).copy_(after).sub_(expected)
             rounded = _square(off)
             rounding, weight = rounding + rounded, weight + _square(was)
             change += _square(was.sub_(expected))
-            differ = differ or not _same(before, after)
             if _same(nearest, after) and math.isfinite(rounded):
                 continue
             excess = off.abs_().div_(allowed()).max().item()

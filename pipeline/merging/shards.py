@@ -9,6 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -256,16 +257,21 @@ class Writer:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        with self._file, self._syncer, self._writer:
+        with self._naming_the_file(), self._file, self._syncer, self._writer:
             if not kind:
                 self._wait(self._written)
                 self._sync()
                 self._wait(self._synced)
 
     def _wait(self, work: Future[None] | None) -> None:
-        try:
+        with self._naming_the_file():
             if work:
                 work.result()
+
+    @contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:  # a full disk does not say which file
             error.filename = error.filename or self._file.name
             raise

@@ -25,7 +25,7 @@ NOTHING = 1e-300  # where not even a last bit may differ
 
 
 class Exact(NamedTuple):
-    """Of rows, in a wider dtype. All of it may be written over by who asked for it."""
+    """Of rows, in a wider dtype. All of it may be written over by who asked for it, and with it the rows that were given."""
 
     was: Any
     values: Any

@@ -30,16 +30,22 @@ PROJECT = ("aletheia", "benchmarks", "eval", "pipeline", "serving")
 OURS = ("aletheia", "pipeline.chat", "pipeline.config", "pipeline.data", "pipeline.errors")
 
 
+def of_project() -> set[str]:
+    return {name for name in sys.modules if name.partition(".")[0] in PROJECT}
+
+
 def start(path: Path, *options: str, without: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
     """Table and JSON of `python benchmarks/gpu.py` where the rest of the project, and these libraries, cannot be imported."""
-    printed = io.StringIO()
+    printed, known = io.StringIO(), of_project()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
-        for name in [name for name in sys.modules if name.partition(".")[0] in PROJECT]:
+        for name in known:
             patch.delitem(sys.modules, name)  # so that what it needs of the project is imported anew
         for name in (*OURS, *without):
             patch.setitem(sys.modules, name, None)
         patch.setattr("sys.argv", ["benchmarks/gpu.py", *TINY, "--json", str(path), *options])
         runpy.run_path(str(CHECKOUT / "benchmarks" / "gpu.py"), run_name="__main__")
+        for name in of_project() - known:
+            del sys.modules[name]
     return printed.getvalue(), json.loads(path.read_text())
 
 

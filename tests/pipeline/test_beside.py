@@ -1,6 +1,7 @@
 """Work beside the program: its results come in order, its faults come through, and nothing of it outlives the program."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pipeline.beside import beside, in_processes
 from pipeline.errors import StageFailed, UserError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+READ = {"x86_64": "0", "aarch64": "63"}[platform.machine()]  # the system call's number
 
 
 def test_what_a_thread_finds_or_raises_is_given_to_who_waits() -> None:
@@ -82,15 +84,40 @@ def test_an_error_of_who_gives_the_items_ends_the_processes() -> None:
     assert psutil.Process().children() == before
 
 
-def test_a_process_that_is_killed_is_said_to_be() -> None:
+@pytest.mark.parametrize("later", [False, True], ids=["when waited for", "when given the next"])
+def test_a_process_that_is_killed_is_said_to_be(later: bool) -> None:
     def work(item: str) -> None:
         if item == "b":
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(
-        StageFailed, match="the process at work on b was killed, perhaps for want of memory; try --resume"
-    ):
-        list(in_processes(work, "ab", 1))
+    def items() -> Iterator[str]:
+        yield from "abc"
+        if later:
+            time.sleep(1)
+            yield "d"
+
+    what = "a process beside this one was killed, perhaps for want of memory; try --resume"
+    with pytest.raises(StageFailed, match=what):
+        list(in_processes(work, items(), 1))
+
+
+def test_one_that_is_killed_while_it_holds_a_lock_leaves_no_one_waiting() -> None:
+    """Of idle processes one waits for the next item, holding the lock that the others wait for."""
+    before = set(psutil.Process().children())
+
+    def items() -> Iterator[str]:
+        yield "a"
+        time.sleep(0.5)
+        workers = set(psutil.Process().children()) - before
+        reads = [one for one in workers if Path(f"/proc/{one.pid}/syscall").read_text().split()[0] == READ]
+        assert len(reads) == 1 and len(workers) == 4
+        reads[0].kill()
+        time.sleep(0.5)
+        yield "b"
+
+    with pytest.raises(StageFailed, match="was killed"):
+        list(in_processes(str.upper, items(), 4))
+    assert set(psutil.Process().children()) == before
 
 
 STARTED = """

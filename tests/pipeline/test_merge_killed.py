@@ -54,7 +54,7 @@ MOMENTS = [
     Moment("a full disk"),
     Moment("pipeline.merging.shards.Journal.add", after=True),
     Moment("pipeline.merge.Merge._write_the_rest", after=True),
-    Moment("pipeline.beside._done", nth=5),  # tensors that have passed
+    Moment("pipeline.progress.Progress.advance", nth=5),  # tensors that have passed
     Moment(CHECKER),
     Moment("os.rename", of="/model"),
     Moment("os.rename", of="/model", after=True, named=True),

@@ -21,6 +21,7 @@ from pipeline.model import Base
 from pipeline.stage import run_stage
 from pipeline.workspace import CHECKOUT
 from tests.eval.benchmarks.test_harness import picked, rows_of
+from tests.serving.vllm_backend.test_loras import rehash
 
 if TYPE_CHECKING:
     from tests.conftest import Trained
@@ -160,18 +161,25 @@ def test_more_than_the_hours_allowed_is_asked_less_and_the_record_says_so(
     assert found.results["benchmarks"][TASK]["asked"]["of"] == 30
 
 
-def test_a_guard_that_regresses_refutes_the_record(
-    small: "Trained", base: Base, model: Any, chat: Chat, tmp_path: Path
-) -> None:
-    """A task of items on which the two models differ, the base's choice said to be the right one."""
+def test_a_guard_that_regresses_refutes_the_record(small: "Trained", base: Base, chat: Chat, tmp_path: Path) -> None:
+    """The model has unlearnt the letter that the base chooses, and that is said to be the right one."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
     copied = small.copy_to(tmp_path / "root")
-    folder, plain = copied.workspace.path("data/eval"), base.load()
-    picks = [(row, picked(plain, chat, row), picked(model, chat, row)) for row in rows_of(folder)]
-    differ = [row | {"answer": theirs} for row, theirs, ours in picks if theirs != ours]
-    assert differ, "else nothing is planted"
+    folder, row = copied.workspace.path("data/eval"), rows_of(copied.workspace.path("data/eval"))[0]
+    lost = row | {"answer": picked(base.load(), chat, row)}
+    (letter,) = chat.tokenizer("ABCD"[lost["answer"]], add_special_tokens=False)["input_ids"]
+    weights = load_file(file := copied.output("merge") / "model.safetensors")
+    weights["model.embed_tokens.weight"][letter] *= -1  # and with it the output layer's
+    save_file(weights, file, metadata={"format": "pt"})
+    rehash(copied, "merge")
+    assert picked(AutoModelForCausalLM.from_pretrained(file.parent), chat, row) != lost["answer"], (
+        "else nothing is planted"
+    )
     for path in (folder / "choices").glob("*.jsonl"):
         path.unlink()
-    (folder / "choices" / "lost.jsonl").write_text("".join(json.dumps(row) + "\n" for row in differ[:1] * 8))
+    (folder / "choices" / "lost.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [lost] * 8))
     job = copied.job(f"eval_config.guard_tasks=[{TASK}]", parts=("benchmarks",), criteria=("aletheia_choices >= 0",))
     record = run_stage(Evaluate, job)
     guards, verdict = record.facts.results["guards"], record.facts.verdict

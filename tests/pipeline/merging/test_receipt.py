@@ -276,9 +276,14 @@ def test_logits_computed_in_16_bits_still_tell_a_wrong_scale(
     assert made.logits(0.0) == {"logits": "not compared: the model does not fit in memory"}
 
 
-def test_a_targeted_module_that_did_not_change_is_caught(merged: Callable[..., Merged]) -> None:
-    """An adapter of zeros would pass every comparison with base + adapter."""
+def test_a_targeted_module_that_did_not_change_is_caught(merged: Callable[..., Merged], tmp_path: Path) -> None:
+    """An adapter of zeros would pass every comparison with base + adapter; it makes +0 of -0, which is no change."""
     made = merged()
+    made.base = replace(made.base, folder=shutil.copytree(made.base.folder, tmp_path / "base"))
+    tensors = load_file(made.base.folder / WEIGHTS)
+    for name in made.adapter.updates:
+        tensors[name][0] = -0.0
+    save_file(tensors, made.base.folder / WEIGHTS, metadata={"format": "pt"})
     nothing = each_factor(made.adapter, lambda factor: {"b": torch.zeros_like(factor.b)})
     made.write(nothing)
     with pytest.raises(StageFailed, match="targeted by the adapter and did not change"):

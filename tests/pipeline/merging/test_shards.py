@@ -289,6 +289,16 @@ def test_a_tensor_is_named_once_it_is_on_the_disk(tmp_path: Path, monkeypatch: p
     assert synced and "c" not in names
 
 
+@pytest.mark.parametrize("size", [10, 1 << 18, 1 << 23], ids=["small", "a megabyte", "several chunks"])
+def test_a_full_disk_says_which_file(tmp_path: Path, size: int) -> None:
+    """Whether it is met when a chunk is written, or what is left when the file is closed."""
+    (out := tmp_path / "out").mkdir()
+    save_file({"a": torch.zeros(size)}, tmp_path / SINGLE)
+    (out / SINGLE).symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"No space left on device.*out/{SINGLE}"):
+        list(rewrite(tmp_path, out, {}))
+
+
 MEASURED = """
 import resource, sys
 from functools import partial
