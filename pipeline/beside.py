@@ -45,7 +45,7 @@ def in_processes(work: Callable[[str], T], items: Iterable[str], cores: int) -> 
     `work` raises, and `StageFailed` when one of them is killed.
     """
     pool = ProcessPoolExecutor(cores, get_context("fork"), _begin, (work, os.getpid()))
-    running, others = deque[tuple[str, Future[T]]](), active_children()
+    running, before = deque[tuple[str, Future[T]]](), active_children()
     try:
         pool.submit(int).result()  # they are forked now: before `items` has threads that hold locks
         for item in items:
@@ -57,7 +57,7 @@ def in_processes(work: Callable[[str], T], items: Iterable[str], cores: int) -> 
             yield done, future.result()
     except BaseException as error:
         for process in active_children():  # one that was killed may hold a lock that the others would wait for
-            if process not in others:
+            if process not in before:
                 process.kill()
         if isinstance(error, BrokenProcessPool):
             what = "a process beside this one was killed, perhaps for want of memory"

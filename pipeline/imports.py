@@ -26,7 +26,7 @@ def leave_out(*names: str) -> None:
 
 @contextmanager
 def left_out(*names: str) -> Iterator[None]:
-    """Until the block ends: for what is used later, though not by what is imported now."""
+    """Until the block ends: for what is used later, though not by what is imported now, and will go on without it."""
     absent = [name for name in names if name not in sys.modules]
     leave_out(*absent)
     try:

@@ -26,26 +26,30 @@ def test_what_a_thread_finds_or_raises_is_given_to_who_waits() -> None:
         wait()
 
 
-def test_items_come_in_their_order_and_before_all_are_known() -> None:
-    """The first takes longest; the last is asked for only once others have come."""
+def test_items_come_in_their_order_and_before_all_are_known(tmp_path: Path) -> None:
+    """The first waits for the second, which another process has; the last is asked for only once others have come."""
     came: list[str] = []
 
     def items() -> Iterator[str]:
-        yield from ("0.3", "0.0", "0.1")
+        yield from ("first", "second", "third")
         while not came:
             time.sleep(0.05)
-            yield "0.0"
+            yield "more"
         yield "last"
 
     def work(item: str) -> int:
-        time.sleep(float(item) if item != "last" else 0)
+        if item == "second":
+            (tmp_path / item).touch()
+        deadline = time.monotonic() + 60
+        while item == "first" and not (tmp_path / "second").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
         return os.getpid()
 
     found = []
     for item, worker in in_processes(work, items(), 2):
         came.append(item)
         found.append(worker)
-    assert came[:3] == ["0.3", "0.0", "0.1"] and came[-1] == "last"
+    assert came[:3] == ["first", "second", "third"] and came[-1] == "last"
     assert len(set(found)) == 2 and os.getpid() not in found
 
 
@@ -107,10 +111,11 @@ def test_one_that_is_killed_while_it_holds_a_lock_leaves_no_one_waiting() -> Non
 
     def items() -> Iterator[str]:
         yield "a"
-        time.sleep(0.5)
         workers = set(psutil.Process().children()) - before
-        reads = [one for one in workers if Path(f"/proc/{one.pid}/syscall").read_text().split()[0] == READ]
-        assert len(reads) == 1 and len(workers) == 4
+        assert len(workers) == 4
+        deadline, reads = time.monotonic() + 60, []
+        while not reads and time.monotonic() < deadline:
+            reads = [one for one in workers if Path(f"/proc/{one.pid}/syscall").read_text().split()[0] == READ]
         reads[0].kill()
         time.sleep(0.5)
         yield "b"

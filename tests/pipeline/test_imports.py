@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.imports import left_out
 from pipeline.workspace import Workspace
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -62,3 +65,14 @@ def test_while_rows_are_read_nothing_is_left_out(modules: Modules) -> None:
 
 def test_a_merge_reads_quantised_layers_only_where_training_had_them(modules: Modules) -> None:
     assert "bitsandbytes" in modules["merge, dry"][1]
+
+
+def test_a_library_left_out_for_a_while_can_be_imported_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is there already stays; a failure within the block changes nothing."""
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with suppress(ZeroDivisionError), left_out("colorsys", "json"):
+        with pytest.raises(ModuleNotFoundError, match="colorsys"):
+            import_module("colorsys")
+        assert import_module("json") is json
+        raise ZeroDivisionError
+    assert import_module("colorsys").rgb_to_hsv(0, 0, 0) == (0, 0, 0)
