@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-BLOCK = 1 << 17  # elements
+BLOCK = 1 << 18  # elements
 
 
 class Memory(threading.local):
