@@ -34,8 +34,9 @@ from pipeline.errors import UserError
 from pipeline.merging import lora
 from pipeline.merging.further import Taken, further, taken
 from pipeline.merging.receipt import Changed, NotMerged, WeightCheck, check_logits
-from pipeline.merging.shards import Journal, rewrite, shards, size, sync, tensors
+from pipeline.merging.shards import Journal, rewrite, shards, size, tensors
 from pipeline.merging.update import Adapter, together
+from pipeline.merging.writer import sync
 from pipeline.model import Base, check_trained_on, find_base
 from pipeline.progress import Progress, say
 from pipeline.records import find

@@ -3,26 +3,24 @@
 Files are read, not mapped: what is mapped of a shard counts as this process's memory until the shard is closed.
 """
 
-import hashlib
 import json
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 from pipeline.errors import UserError
 from pipeline.merging.blocks import Memory
 from pipeline.merging.safetensors_header import AGAIN, cut_off, entries, texts
+from pipeline.merging.writer import Writer, drop, sync
 from pipeline.records.find import sha256
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' name: torch's
 CHUNK = 1 << 22  # bytes copied at once
-SYNCED = 1 << 24  # bytes written between two syncs
 
 
 @dataclass(frozen=True)
@@ -58,14 +56,14 @@ class Stored:
         """Lets the system forget what it holds of it in memory, where it takes such advice."""
         if hasattr(os, "posix_fadvise"):
             with self.file.open("rb") as file:
-                _drop(file, self.start, self.end)
+                drop(file, self.start, self.end)
 
-    def chunks(self, file: BinaryIO) -> Iterator[bytes]:
-        """Its bytes as they lie in `file`, of any dtype."""
+    def chunks(self, file: BufferedReader, memory: Callable[[int], Any] = bytearray) -> Iterator[Any]:
+        """Its bytes as they lie in `file`, of any dtype, in `memory` for so many bytes."""
         file.seek(self.start)
         for at in range(self.start, self.end, CHUNK):
-            chunk = file.read(min(CHUNK, self.end - at))
-            if len(chunk) < min(CHUNK, self.end - at):
+            chunk = memory(min(CHUNK, self.end - at))
+            if file.readinto(chunk) < len(chunk):
                 raise cut_off(self.file)
             yield chunk
 
@@ -229,74 +227,6 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
-class Writer:
-    """A file written and hashed by a second thread, one piece behind; a third brings it to the disk.
-
-    The page cache holds little of it at any time, so what is read back of it comes from the disk. When it is closed, all
-    of it is there.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file, self._digest = path.open("wb"), hashlib.sha256()
-        self._writer, self._syncer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._written: Future[None] | None = None
-        self._synced: Future[None] | None = None
-        self._asked = 0  # bytes that the third thread knows of
-        self.on_disk = 0  # bytes from the file's beginning
-
-    def write(self, values: Any) -> None:
-        """Bytes, which must not change any more. Raises what went wrong with those before."""
-        self._wait(self._written)
-        self._written = self._writer.submit(self._put, memoryview(values))
-
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        with self._naming_the_file(), self._file, self._syncer, self._writer:
-            if not kind:
-                self._wait(self._written)
-                self._sync()
-                self._wait(self._synced)
-
-    def _wait(self, work: Future[None] | None) -> None:
-        with self._naming_the_file():
-            if work:
-                work.result()
-
-    @contextmanager
-    def _naming_the_file(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:  # a full disk does not say which file
-            error.filename = error.filename or self._file.name
-            raise
-
-    def _put(self, values: memoryview) -> None:
-        for at in range(0, len(values), CHUNK):
-            chunk = values[at : at + CHUNK]
-            self._file.write(chunk)
-            self._digest.update(chunk)
-            if self._file.tell() - self._asked >= SYNCED:
-                self._sync()
-
-    def _sync(self) -> None:
-        """Has what was written brought to the disk, once what was before it is there."""
-        self._wait(self._synced)
-        self._file.flush()
-        self._asked = self._file.tell()
-        self._synced = self._syncer.submit(self._bring, self._asked)
-
-    def _bring(self, end: int) -> None:
-        os.fsync(self._file.fileno())
-        _drop(self._file, self.on_disk, end)
-        self.on_disk = end
-
-
 def rewrite(
     base: Path, folder: Path, changes: Mapping[str, Callable[[Any, Any], Any]], journal: Journal | None = None
 ) -> Generator[str, None, None]:
@@ -304,23 +234,23 @@ def rewrite(
 
     Yields the name of each once it is on the disk. A change is given the tensor on disk and memory for its new values.
     Shapes and dtypes stay, so the files keep their headers; what is not changed is copied byte for byte. One tensor at a
-    time is in memory, and the one being written. A whole file is added to the journal; one in it is not written again.
+    time is computed. A whole file is added to the journal; one in it is not written again.
     """
-    memory, other = Memory(), Memory()  # one is written while the other is computed
     for shard in shards(base):
         if journal and shard.name in journal.files:
             yield from stored(shard)
             continue
-        with shard.open("rb") as old, Writer(folder / shard.name) as new:
+        held = stored(shard)
+        largest = max((tensor.end - tensor.start for tensor in held.values()), default=0)
+        with shard.open("rb") as old, Writer(folder / shard.name, largest) as new:
             length = old.read(8)
             new.write(length + old.read(int.from_bytes(length, "little")))
             behind = deque[Stored]()
-            for name, tensor in stored(shard).items():
+            for name, tensor in held.items():
                 if name in changes:
-                    new.write(_changed(OnDisk(tensor, old), changes[name], memory))
-                    memory, other = other, memory
+                    new.write(_changed(OnDisk(tensor, old), changes[name], new.room(tensor.end - tensor.start)))
                 else:
-                    for chunk in tensor.chunks(old):
+                    for chunk in tensor.chunks(old, new.room):
                         new.write(chunk)
                 behind.append(tensor)
                 while behind and behind[0].end <= new.on_disk:
@@ -332,27 +262,12 @@ def rewrite(
         (folder / INDEX).write_bytes(index.read_bytes())
 
 
-def _changed(tensor: OnDisk, change: Callable[[Any, Any], Any], memory: Memory) -> Any:
+def _changed(tensor: OnDisk, change: Callable[[Any, Any], Any], memory: Any) -> Any:
     """The bytes of a tensor's new values. Raises `ValueError` for other values than the header has room for."""
     import torch
 
     one = tensor.stored
-    after = change(tensor, memory.take(tensor.dtype, one.shape))
+    after = change(tensor, torch.from_numpy(memory).view(tensor.dtype).reshape(one.shape))
     if (after.dtype, after.shape) != (tensor.dtype, one.shape):
         raise ValueError(f"{one.name} would become {after.dtype} {tuple(after.shape)}")
     return after.contiguous().flatten().view(torch.uint8).numpy()
-
-
-def _drop(file: BinaryIO, start: int, end: int) -> None:
-    """Lets the system forget what it holds of the file in memory, where it takes such advice."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
-
-
-def sync(path: Path) -> None:
-    """What was written to the file, or the folder's list of files, is on the disk after this."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

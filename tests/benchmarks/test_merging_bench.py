@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import merging
-from benchmarks.merging import DEPTH, FASTER, FULL, MEMORY, PEFT, SMALL, Result
+from benchmarks.merging import ALONE, DEPTH, FASTER, FULL, MEMORY, PEFT, PROVEN, SMALL, Result
 from pipeline.merge import Merge
 from pipeline.profile import load_profile
+from pipeline.records.find import sha256
 from pipeline.stage import Job, run_stage
 from pipeline.workspace import Workspace
 
@@ -20,15 +21,17 @@ SHAPE = SMALL | {"hidden_size": 64, "intermediate_size": 96}
 
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Ours and peft's, of a small model, in this process."""
+    """Ours, by the command and alone, and peft's, of a small model, in this process."""
     root = merging.make_root(tmp_path_factory.mktemp("merging") / "root", SHAPE)
     workspace = Workspace(root)
     job = Job(workspace, load_profile(workspace, "bench", ["merge_config.check_logits=true"]))
     ours = run_stage(Merge, job).output / "model"
-    words = ["-c", str(root / "base"), str(root / "checkpoints" / merging.SOURCE / "adapter"), str(root / "peft")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", words)
-        exec(PEFT, {})
+    for name, script in (("peft", PEFT), ("alone", ALONE)):
+        words = ["-c", str(root / "base"), str(root / "checkpoints" / merging.SOURCE / "adapter"), str(root / name)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", words)
+            exec(script, {})
+    assert sha256(ours / "model.safetensors") == sha256(root / "alone" / "model.safetensors")
     return ours, root / "peft"
 
 
@@ -61,17 +64,19 @@ def test_the_model_is_of_the_size_that_the_goals_name() -> None:
 
 
 def test_ratios_are_of_a_round_and_of_the_deeper_model_to_the_other() -> None:
-    def result(name: str, number: int, wall: float, peak: int) -> Result:
-        return Result(name, number, wall, wall, peak)
+    def result(name: str, number: int, wall: float, peak: int, merging: float | None = None) -> Result:
+        return Result(name, number, wall, wall, peak, merging=merging)
 
     results = [
-        *(result("ours", 0, 10, 100), result("peft", 0, 20, 200)),
-        *(result("ours", 1, 30, 100), result("peft", 1, 90, 400)),
-        result("peft", 2, 1, 1),  # alone in its round
+        *(result("ours", 0, 10, 100), result("peft", 0, 20, 200, 12), result("ours-alone", 0, 9, 50, 3)),
+        *(result("ours-alone", 1, 9, 50, 5), result("ours", 1, 30, 100), result("peft", 1, 90, 400, 10)),
+        result("peft", 2, 1, 1, 1),  # alone in its round
         *(result("ours-logits", 0, 99, 999), result("ours-deeper", 0, 40, 102)),
     ]
     found: dict[Any, list[float]] = merging.ratios(results)
-    assert found[FASTER] == [2.0, 3.0] and found[MEMORY] == [0.5, 0.25] and found[DEPTH] == [1.02]
+    assert found[FASTER] == [4.0, 2.0] and found[PROVEN] == [2.0, 3.0]
+    assert found[MEMORY] == [0.5, 0.25] and found[DEPTH] == [1.02]
     assert FASTER.reached(1.8) and not FASTER.reached(1.79)
     assert MEMORY.reached(0.6) and not MEMORY.reached(0.61)
-    assert "2.50 (2.00–3.00)×" in merging.goals_table(results) and "reached" in merging.goals_table(results)
+    assert "3.00 (2.00–4.00)×" in merging.goals_table(results) and "reached" in merging.goals_table(results)
+    assert "2.50 (2.00–3.00)×" in merging.goals_table(results)

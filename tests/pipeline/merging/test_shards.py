@@ -270,7 +270,7 @@ def test_a_tensor_is_named_once_it_is_on_the_disk(tmp_path: Path, monkeypatch: p
     for folder in (model := tmp_path / "model", out := tmp_path / "out"):
         folder.mkdir()
     save_file({name: torch.full((1 << 18,), 1.0) for name in "abc"}, model / SINGLE)
-    monkeypatch.setattr("pipeline.merging.shards.SYNCED", 2 << 20)
+    monkeypatch.setattr("pipeline.merging.writer.SYNCED", 2 << 20)
     assert list(rewrite(model, out, {})) == ["a", "b", "c"]
 
     honest, synced = os.fsync, list[int]()
@@ -304,11 +304,13 @@ import resource, sys
 from functools import partial
 from pathlib import Path
 import torch
+from pipeline.merging import writer
 from pipeline.merging.receipt import WeightCheck
 from pipeline.merging.shards import rewrite
 from pipeline.merging.update import Adapter, Change, Factor, LowRank, Updates
 
 torch.set_num_threads(1)
+writer.WAITING = 0  # more than the smaller model has
 A, B = torch.randn(8, 2048), torch.randn(1024, 8)
 
 def merge(base):
