@@ -241,7 +241,7 @@ def rewrite(
             yield from stored(shard)
             continue
         held = stored(shard)
-        largest = max((tensor.end - tensor.start for tensor in held.values()), default=0)
+        largest = max((tensor.end - tensor.start for name, tensor in held.items() if name in changes), default=0)
         with shard.open("rb") as old, Writer(folder / shard.name, largest) as new:
             length = old.read(8)
             new.write(length + old.read(int.from_bytes(length, "little")))

@@ -18,7 +18,7 @@ WAITING = 1 << 26  # bytes that may wait to be written: tensors differ in size, 
 class Writer:
     """A file written and hashed by a second thread; a third brings it to the disk.
 
-    What is to be written waits in `room`, of two of the largest pieces or WAITING bytes. The page cache holds little of
+    What is to be written waits in `room`: of two of the `largest` pieces, or WAITING bytes. The page cache holds little of
     the file at any time, so what is read back of it comes from the disk. When it is closed, all of it is there.
     """
 
@@ -36,6 +36,7 @@ class Writer:
 
     def room(self, length: int) -> Any:
         """Memory for what is written next, whatever is in it. Waits for the writing of what was in it."""
+        assert length <= len(self._memory)
         start = -(-self._room.stop // ALIGNED) * ALIGNED
         start = start if start + length <= len(self._memory) else 0
         self._room = slice(start, start + length)
