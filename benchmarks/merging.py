@@ -1,15 +1,15 @@
 """Our merge against plain peft: the same base, adapter and machine, in turn, each a process of its own.
 
-    .venv/bin/python benchmarks/merging.py              # three rounds and the deeper model; 14 GB of disk while it runs
+    .venv/bin/python benchmarks/merging.py              # five rounds and the deeper model; 14 GB of disk while it runs
     .venv/bin/python benchmarks/merging.py --quick      # one round of a small model: does it all work?
     .venv/bin/python benchmarks/merging.py --show       # run nothing: the tables of what is there
 
 The base is a Llama of 1.1B random bf16 weights, untied, with a rank-16 LoRA on all linear layers. peft's is what its
-documentation says, with the same tokenizer saved: it checks, hashes and syncs nothing.
+documentation says, with the same tokenizer saved and the disk synced: it checks and hashes nothing.
 
-Ours runs twice. Once the merge alone, as peft's: from the base and the adapter on the disk to the merged folder, in a
-process that has imported the same libraries (it hashes and syncs what it writes). The goal is of that, without the
-imports, which both share. And once whole, as `aletheia merge`: imports, its record, the hash of the base (that it is the
+Ours runs twice. Once the merge alone, as peft's: from the base and the adapter to the merged folder on the disk, in a
+process that has imported the same libraries (it hashes what it writes). The goal is of that, without the imports, which
+both share; what of peft's is the sync is told. And once whole, as `aletheia merge`: imports, its record, the hash of the base (that it is the
 one trained on), and the receipt's comparison of every tensor on the disk with base + adapter. That is beside peft's whole
 process: what the proof costs. The comparison of logits, which loads models whole as peft does, is run apart. What all
 wrote is compared, tensor by tensor.
@@ -42,9 +42,10 @@ FULL = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
         "num_key_value_heads": 4, "vocab_size": 32000}  # fmt: skip
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 8192}  # fmt: skip
-DEEPER, ROUNDS, RANK = 3, 3, 16
+DEEPER, ROUNDS, RANK = 3, 5, 16
 SOURCE = "EXP-2026-01-01-001"
 PEFT = """
+import os
 import sys
 import time
 import torch
@@ -56,7 +57,9 @@ start = time.perf_counter()
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
 PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
 AutoTokenizer.from_pretrained(base).save_pretrained(out)
-print("merging", time.perf_counter() - start)
+saved = time.perf_counter()
+os.sync()
+print("merging", time.perf_counter() - start, time.perf_counter() - saved)
 """
 ALONE = """
 import sys
@@ -76,7 +79,7 @@ for _ in rewrite(base, out, {name: lambda weight, into, name=name: updates[name]
     pass
 AutoConfig.from_pretrained(base).save_pretrained(out)
 AutoTokenizer.from_pretrained(base).save_pretrained(out)
-print("merging", time.perf_counter() - start)
+print("merging", time.perf_counter() - start, 0)  # it syncs as it writes
 """
 NAMES = {
     "peft": "peft: merge_and_unload",
@@ -98,6 +101,7 @@ class Result:
     peak: int
     load: float = 0.0  # processes that wanted to run, on the machine, when it ended
     merging: float | None = None  # without the imports; not of a whole command
+    syncing: float = 0.0  # of these, after all was written
 
 
 @dataclass(frozen=True)
@@ -275,15 +279,15 @@ def measured(root: Path, name: str, number: int) -> tuple[Path, Result]:
     script = {"peft": PEFT, "ours-alone": ALONE}.get(name)
     os.sync()  # what the run before left to be written is not this one's to wait for
     run = observe([sys.executable, *(["-c", script, *folders] if script else merge)], environment, work, list)
-    out, merging = work / "model", None
+    out, merging, syncing = work / "model", None, 0.0
     if script:
-        merging = float((work / OUTPUT).read_text("utf-8").rpartition("merging ")[2])
+        merging, syncing = map(float, (work / OUTPUT).read_text("utf-8").rpartition("merging ")[2].split())
     else:
         newest = max((root / "experiments").glob("EXP-*.yaml"))
         facts = RecordFile(newest).facts()
         assert facts is not None and facts.stage == "merge" and facts.status == "complete"
         out = root / "checkpoints" / newest.stem / "model"
-    result = Result(name, number, run.wall, run.cpu, run.whole, os.getloadavg()[0], merging)
+    result = Result(name, number, run.wall, run.cpu, run.whole, os.getloadavg()[0], merging, syncing)
     alone = f", {merging:.1f} s without the imports" if merging else ""
     say(f"{number} {NAMES[name]}: {run.wall:.1f} s{alone} ({run.cpu:.1f} CPU s), {run.whole / 1e6:,.0f} MB")
     return out, result
@@ -338,7 +342,7 @@ def goals_table(results: Sequence[Result]) -> str:
 
 def runs_table(results: Sequence[Result]) -> str:
     """Each contestant's medians."""
-    rows = [("", "runs", "merging, s", "whole, s", "CPU s", "peak MB")]
+    rows = [("", "runs", "merging, s", "of it a sync", "whole, s", "CPU s", "peak MB")]
     for name in dict.fromkeys(result.name for result in results):
         own = [result for result in results if result.name == name]
         merging = [one.merging for one in own if one.merging]
@@ -347,6 +351,7 @@ def runs_table(results: Sequence[Result]) -> str:
                 NAMES[name],
                 str(len(own)),
                 spread(merging, ".1f") if merging else "",
+                spread([one.syncing for one in own], ".1f") if any(one.syncing for one in own) else "",
                 spread([one.wall for one in own], ".1f"),
                 f"{median(one.cpu for one in own):.1f}",
                 f"{median(one.peak for one in own) / 1e6:,.0f}",
