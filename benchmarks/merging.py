@@ -9,10 +9,10 @@ documentation says, with the same tokenizer saved and the disk synced: it checks
 
 Ours runs twice. Once the merge alone, as peft's: from the base and the adapter to the merged folder on the disk, in a
 process that has imported the same libraries (it hashes what it writes). The goal is of that, without the imports, which
-both share; what of peft's is the sync is told. And once whole, as `aletheia merge`: imports, its record, the hash of the base (that it is the
-one trained on), and the receipt's comparison of every tensor on the disk with base + adapter. That is beside peft's whole
-process: what the proof costs. The comparison of logits, which loads models whole as peft does, is run apart. What all
-wrote is compared, tensor by tensor.
+both share; what of peft's is the sync is told. And once whole, as `aletheia merge`: imports, its record, the hash of the
+base (that it is the one trained on), and the receipt's comparison of every tensor on the disk with base + adapter. That
+is beside peft's whole process: what the proof costs. The comparison of logits, which loads models whole as peft does, is
+run apart. What all wrote is compared, tensor by tensor.
 
 Memory is the peak resident memory of the process, and what those beside it had of their own. Of a model with three
 times the layers ours must take no more.

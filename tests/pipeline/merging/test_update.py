@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.merging.blocks import BLOCK, blocks, over_blocks
+import pipeline.merging.blocks
+from pipeline.merging.blocks import blocks, over_blocks
 from pipeline.merging.update import (
     Adapter,
     Change,
@@ -21,9 +22,13 @@ from pipeline.merging.update import (
     together,
 )
 
-OUT, IN = 700, 500  # several blocks
-assert OUT * IN > 2 * BLOCK
+OUT, IN = 700, 500
 TOKENS = torch.tensor([699, 3, 300])
+
+
+@pytest.fixture(autouse=True)
+def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.merging.blocks, "BLOCK", OUT * IN // 3)
 
 
 def drawn(*shape: int, std: float = 1.0) -> torch.Tensor:
