@@ -1,6 +1,6 @@
 """Our merge against plain peft: the same base, adapter and machine, in turn, each a process of its own.
 
-    .venv/bin/python benchmarks/merging.py              # five rounds and the deeper model; 14 GB of disk while it runs
+    .venv/bin/python benchmarks/merging.py              # five rounds, three of a deeper model; 14 GB of disk while it runs
     .venv/bin/python benchmarks/merging.py --quick      # one round of a small model: does it all work?
     .venv/bin/python benchmarks/merging.py --show       # run nothing: the tables of what is there
 
@@ -14,8 +14,8 @@ base (that it is the one trained on), and the receipt's comparison of every tens
 is beside peft's whole process: what the proof costs. The comparison of logits, which loads models whole as peft does, is
 run apart. What all wrote is compared, tensor by tensor.
 
-Memory is the peak resident memory of the process, and what those beside it had of their own. Of a model with three
-times the layers ours must take no more.
+Memory is the peak resident memory of the process, and what those beside it had that they shared with none. Of a model
+with three times the layers ours must take no more.
 """
 
 import argparse
@@ -42,7 +42,7 @@ FULL = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
         "num_key_value_heads": 4, "vocab_size": 32000}  # fmt: skip
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 8192}  # fmt: skip
-DEEPER, ROUNDS, RANK = 3, 5, 16
+DEEPER, ROUNDS, DEEPER_ROUNDS, RANK = 3, 5, 3, 16
 SOURCE = "EXP-2026-01-01-001"
 PEFT = """
 import os
@@ -175,7 +175,9 @@ def compete(shape: Mapping[str, int], rounds: int, kept: Path) -> dict[str, Any]
         shutil.rmtree(run(root, "ours-logits", 0))
         shutil.rmtree(root)
         deeper = dict(shape) | {"num_hidden_layers": DEEPER * shape["num_hidden_layers"]}
-        run(make_root(Path(work) / "deeper", deeper), "ours-deeper", 0)
+        root = make_root(Path(work) / "deeper", deeper)
+        for number in range(min(rounds, DEEPER_ROUNDS)):
+            shutil.rmtree(run(root, "ours-deeper", number))
     kept.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     return found
 

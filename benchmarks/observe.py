@@ -16,6 +16,7 @@ from pathlib import Path
 
 LOOK_EVERY = 0.02  # seconds; a step takes about a second
 SETTLED = 5  # looks: a process that has just been forked still shows its parent's memory
+WEIGH_EVERY = 0.5  # seconds: the kernel walks through a process's pages to say which are its own
 TICKS = os.sysconf("SC_CLK_TCK")
 OUTPUT = "output.txt"  # of the command, stdout and stderr together
 
@@ -43,7 +44,7 @@ class Run:
     wall: float
     cpu: float
     largest: int  # peak resident memory of its largest process
-    whole: int  # that, and what the other processes of the tree had beside it in memory of their own
+    whole: int  # that, and what the other processes of the tree had beside it in memory that they share with none
     steps: list[Step] = field(default_factory=list)
 
 
@@ -54,6 +55,7 @@ def observe(
     steps: list[Step] = []
     looks: Counter[int] = Counter()
     largest = others = 0
+    weighed = 0.0
     started = time.perf_counter()
     with (folder / OUTPUT).open("wb") as output:
         process = subprocess.Popen(
@@ -66,9 +68,11 @@ def observe(
         tree = [process.pid, *_descendants(process.pid)]
         now, used = time.perf_counter() - started, sum(map(_cpu_seconds, tree))
         looks.update(tree)
-        memory = [_memory(pid) for pid in tree if looks[pid] >= SETTLED]
-        largest = max([largest, *(peak for peak, _ in memory)])
-        others = max(others, sum(sorted(own for _, own in memory)[:-1]))
+        peaks = {pid: _peak(pid) for pid in tree if looks[pid] >= SETTLED}
+        largest = max([largest, *peaks.values()])
+        if now - weighed >= WEIGH_EVERY:
+            weighed = now
+            others = max(others, sum(_own(pid) for pid in sorted(peaks, key=peaks.__getitem__)[:-1]))
         steps += [Step(t.loss, t.tokens, now, used) for t in told()[len(steps) :]]
     _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - started
@@ -100,14 +104,20 @@ def _cpu_seconds(pid: int) -> float:
     return sum(map(int, fields[11:15])) / TICKS
 
 
-def _memory(pid: int) -> tuple[int, int]:
-    """Bytes: its peak resident memory, which the kernel keeps; and what it has now that is of no file.
+def _peak(pid: int) -> int:
+    """Bytes: its peak resident memory, which the kernel keeps."""
+    return sum(_sizes(pid, "status", ["VmHWM"]))
 
-    What is of a file, the libraries, the processes have in common.
-    """
+
+def _own(pid: int) -> int:
+    """Bytes that it shares with no process: not the libraries, nor what a forked one still has in common with its parent."""
+    return sum(_sizes(pid, "smaps_rollup", ["Private_Clean", "Private_Dirty"]))
+
+
+def _sizes(pid: int, file: str, names: Sequence[str]) -> list[int]:
+    """Bytes, as the kernel tells them of a process; none of one that has ended."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
     except OSError:
-        return 0, 0
-    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
-    return sizes.get("VmHWM", 0), sizes.get("RssAnon", 0) + sizes.get("RssShmem", 0)
+        return []
+    return [int(line.split()[1]) * 1024 for line in lines if line.split(":")[0] in names]
