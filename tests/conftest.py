@@ -4,6 +4,7 @@ import functools
 import gc
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from pipeline import yamlio
 from pipeline.chat import Encoded
 from pipeline.model import Base, find_base
 from pipeline.profile import load_profile
@@ -105,6 +107,28 @@ def model_card_compiled_once() -> None:
         return once(self, source) if alike else compiled(self, source, *options, **named)
 
     jinja2.Environment.compile = compile_  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks at a record parses it anew, a few texts dozens of times: most of the time that tests of records take."""
+    load = yamlio.load
+
+    @functools.lru_cache(maxsize=200)
+    def outcome(text: str) -> bytes:
+        try:
+            return pickle.dumps((load(text), None))
+        except yamlio.YamlError as error:
+            return pickle.dumps((None, (error.what, error.line, error.column)))
+
+    def again(text: str) -> yamlio.Document:
+        document, mistake = pickle.loads(outcome(text))  # a new one each time: it may be changed
+        if mistake is not None:
+            raise yamlio.YamlError(*mistake)
+        assert isinstance(document, yamlio.Document)
+        return document
+
+    monkeypatch.setattr(yamlio, "load", again)
 
 
 @pytest.fixture

@@ -9,13 +9,14 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.errors import UserError
 from pipeline.merging.blocks import Memory
 from pipeline.merging.safetensors_header import AGAIN, cut_off, entries, texts
-from pipeline.merging.writer import Writer, drop, sync
+from pipeline.merging.writer import ALIGNED, Writer, drop, sync
 from pipeline.records.find import sha256
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -241,8 +242,8 @@ def rewrite(
             yield from stored(shard)
             continue
         held = stored(shard)
-        largest = max((tensor.end - tensor.start for name, tensor in held.items() if name in changes), default=0)
-        with shard.open("rb") as old, Writer(folder / shard.name, largest) as new:
+        waiting = max((_waiting(tensor) for name, tensor in held.items() if name in changes), default=0)
+        with shard.open("rb") as old, Writer(folder / shard.name, waiting) as new:
             length = old.read(8)
             new.write(length + old.read(int.from_bytes(length, "little")))
             behind = deque[Stored]()
@@ -260,6 +261,15 @@ def rewrite(
         yield from (tensor.name for tensor in behind)
     if (index := index_of(base)) is not None:
         (folder / INDEX).write_bytes(index.read_bytes())
+
+
+def _waiting(tensor: Stored) -> int:
+    """Bytes for three such tensors: so one has room beside the one being written, whatever small ones lie between them.
+
+    Of 32 bits or more no more than twice the tensor in float32, or itself.
+    """
+    size = tensor.end - tensor.start
+    return min(3 * size, max(size, 8 * prod(tensor.shape))) + 2 * ALIGNED
 
 
 def _changed(tensor: OnDisk, change: Callable[[Any, Any], Any], memory: Any) -> Any:

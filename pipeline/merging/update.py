@@ -127,9 +127,10 @@ class LowRank:
                 delta = delta.to(weight.dtype) if self.embedding else delta
                 total = delta.add_(weight)
             else:
-                norm = torch.linalg.norm(weight.T + delta.T if self.embedding else weight + delta, dim=1)
-                scale = self.magnitude / norm
-                total = delta.add_(weight).mul_(scale if self.embedding else scale[:, None])
+                across = weight.T + delta.T if self.embedding else None
+                total = delta.add_(weight)
+                scale = self.magnitude / torch.linalg.norm(total if across is None else across, dim=1)
+                total.mul_(scale[:, None] if across is None else scale)
             weight = total.to(weight.dtype)
         return weight
 

@@ -11,26 +11,28 @@ from typing import Any, BinaryIO, Self
 
 CHUNK = 1 << 22  # bytes written at once
 SYNCED = 1 << 24  # bytes written between two syncs
-ALIGNED = 64  # bytes: each piece that waits begins at a multiple of it
-WAITING = 1 << 26  # bytes that may wait to be written: tensors differ in size, and so does the time that each takes
+ALIGNED = 64  # bytes: each piece that waits begins at a multiple of it, as torch's own tensors do
+WAITING = 1 << 26  # bytes that may wait to be written, at least
 
 
 class Writer:
     """A file written and hashed by a second thread; a third brings it to the disk.
 
-    What is to be written waits in `room`: of two of the `largest` pieces, or WAITING bytes. The page cache holds little of
-    the file at any time, so what is read back of it comes from the disk. When it is closed, all of it is there.
+    What is to be written waits in `room`, of `waiting` bytes or WAITING. The page cache holds little of the file at any
+    time, so what is read back of it comes from the disk. When it is closed, all of it is there; where anything raises,
+    in the `with` or in a thread, nothing more is written.
     """
 
-    def __init__(self, path: Path, largest: int = 0) -> None:
-        import numpy
+    def __init__(self, path: Path, waiting: int = 0) -> None:
+        import torch
 
         self._file, self._digest = path.open("wb"), hashlib.sha256()
         self._writer, self._syncer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._memory = numpy.empty(max(2 * largest + ALIGNED, WAITING), numpy.uint8)
+        self._memory = torch.empty(max(waiting, WAITING), dtype=torch.uint8).numpy()
         self._room = slice(0, 0)  # of the memory: what was given last
         self._writing = deque[tuple[slice, Future[None]]]()
         self._synced: Future[None] | None = None
+        self._given_up = False
         self._asked = 0  # bytes that the third thread knows of
         self.on_disk = 0  # bytes from the file's beginning
 
@@ -59,7 +61,9 @@ class Writer:
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         with self._naming_the_file(), self._file, self._syncer, self._writer:
-            if not kind:
+            if kind:
+                self._given_up = True
+            else:
                 while self._writing:
                     self._wait(self._writing.popleft()[1])
                 self._sync()
@@ -79,12 +83,18 @@ class Writer:
             raise
 
     def _put(self, values: memoryview) -> None:
-        for at in range(0, len(values), CHUNK):
-            chunk = values[at : at + CHUNK]
-            self._file.write(chunk)
-            self._digest.update(chunk)
-            if self._file.tell() - self._asked >= SYNCED:
-                self._sync()
+        try:
+            for at in range(0, len(values), CHUNK):
+                if self._given_up:
+                    return
+                chunk = values[at : at + CHUNK]
+                self._file.write(chunk)
+                self._digest.update(chunk)
+                if self._file.tell() - self._asked >= SYNCED:
+                    self._sync()
+        except BaseException:
+            self._given_up = True  # what follows would not be where it belongs
+            raise
 
     def _sync(self) -> None:
         """Has what was written brought to the disk, once what was before it is there."""

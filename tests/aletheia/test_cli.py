@@ -16,6 +16,7 @@ from aletheia import cli
 from pipeline.errors import StageFailed
 from pipeline.snapshot import Snapshot
 from pipeline.workspace import CHECKOUT, Workspace
+from tests.conftest import few_words
 
 if TYPE_CHECKING:
     from tests.conftest import Said, Trained
@@ -69,16 +70,24 @@ print(*(name for name in {HEAVY!r} if name in sys.modules))
     assert done.stdout.split() == []
 
 
-@pytest.mark.parametrize(
-    "words", [["exp", "list"], ["data", "check", "data/sft"], ["data", "diff", "data/sft", "data/sft"]]
-)
-def test_what_only_reads_imports_no_torch(workspace: Workspace, words: list[str]) -> None:
-    script = "import sys\nfrom aletheia.cli import main\ntry: main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+def test_what_only_reads_imports_no_torch(workspace: Workspace) -> None:
+    commands = [["exp", "list"], ["data", "check", "data/sft"], ["data", "diff", "data/sft", "data/sft"]]
+    script = f"""
+import sys
+from aletheia.cli import main
+for words in {commands!r}:
+    sys.argv = ["aletheia", *words]
+    try:
+        main()
+    except SystemExit as ending:
+        print(*words, ending.code or 0, "torch" in sys.modules, file=sys.stderr)
+"""
     done = subprocess.run(
-        [sys.executable, "-c", script, *words],
+        [sys.executable, "-c", script],
         cwd=CHECKOUT, capture_output=True, text=True, env=os.environ | {"ALETHEIA_ROOT": str(workspace.root)},
     )  # fmt: skip
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, "False"), done.stderr
+    said = [line for line in done.stderr.splitlines() if line.endswith((" False", " True"))]
+    assert said == [f"{' '.join(words)} 0 False" for words in commands], done.stderr
 
 
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -143,6 +152,14 @@ def test_what_nobody_foresaw_is_one_line_and_exit_1(
     assert re.fullmatch("error: unexpected ZeroDivisionError: [^\n]*; --debug shows where\n", said.err), said.err
 
 
+@pytest.fixture
+def faultless(small_talk: Workspace) -> Workspace:
+    """Rows of few words that give no warning: the tenth would."""
+    rows = small_talk.root / "data" / "sft" / "few.jsonl"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:8]))
+    return small_talk
+
+
 @pytest.mark.parametrize(
     ("ending", "code", "line", "status"),
     [
@@ -158,23 +175,23 @@ def test_what_nobody_foresaw_is_one_line_and_exit_1(
     ids=["failed", "unforeseen", "interrupted"],
 )
 def test_a_stage_that_does_not_finish_says_so_and_prints_no_path(
-    aletheia: "Callable[..., Said]", workspace: Workspace, monkeypatch: pytest.MonkeyPatch,
+    aletheia: "Callable[..., Said]", faultless: Workspace, monkeypatch: pytest.MonkeyPatch,
     ending: BaseException, code: int, line: str, status: str,
 ) -> None:  # fmt: skip
     def run(*_: Any) -> None:
         raise ending
 
     monkeypatch.setattr(Snapshot, "run", run)
-    said = aletheia(workspace, "data", "snapshot", *SMALL)
+    said = aletheia(faultless, "data", "snapshot", *SMALL)
     assert (said.code, said.out) == (code, "")
     assert said.err.splitlines()[1:] == [line]
-    [record] = workspace.experiments.glob("*.yaml")
+    [record] = faultless.experiments.glob("*.yaml")
     assert f"\nstatus: {status}\n" in record.read_text("utf-8")
 
 
-def test_a_root_that_cannot_be_written_is_one_line(aletheia: "Callable[..., Said]", workspace: Workspace) -> None:
-    workspace.experiments.write_text("a file where the folder should be")
-    said = aletheia(workspace, "data", "snapshot", *SMALL)
+def test_a_root_that_cannot_be_written_is_one_line(aletheia: "Callable[..., Said]", faultless: Workspace) -> None:
+    faultless.experiments.write_text("a file where the folder should be")
+    said = aletheia(faultless, "data", "snapshot", *SMALL)
     assert (said.code, said.out) == (1, "")
     assert re.fullmatch("error: [^\n]*experiments[^\n]*\n", said.err), said.err
 
@@ -204,15 +221,23 @@ def test_a_closed_stdout_is_no_failure(trained: "Trained") -> None:
 # ── what goes where ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_stdout_holds_the_records_path_alone(aletheia: "Callable[..., Said]", copied: "Trained") -> None:
+def test_stdout_holds_the_records_path_alone(aletheia: "Callable[..., Said]", trained_copy: "Trained") -> None:
     for words in (["data", "snapshot"], ["merge", "--hypothesis", "It is the same model."]):
-        said = aletheia(copied.workspace, *words, *SMALL)
+        said = aletheia(trained_copy.workspace, *words, *SMALL)
         assert said.code == 0, said.err
         assert re.fullmatch(r"experiments/EXP-\d{4}-\d\d-\d\d-\d{3}\.yaml\n", said.out)
         assert said.out.strip() in said.err  # where it began, a person saw it too
-        text = (copied.workspace.root / said.out.strip()).read_text("utf-8")
+        text = (trained_copy.workspace.root / said.out.strip()).read_text("utf-8")
         assert "\nstatus: complete\n" in text
     assert "\nhypothesis: It is the same model.\n" in text
+
+
+@pytest.fixture(scope="module")
+def finished(trained: "Trained", tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The finished pipeline, with rows of few words: every dry run reads them all."""
+    copy = trained.copy_to(tmp_path_factory.mktemp("finished") / "root").workspace
+    few_words(copy)
+    return copy
 
 
 @pytest.mark.parametrize(
@@ -221,16 +246,16 @@ def test_stdout_holds_the_records_path_alone(aletheia: "Callable[..., Said]", co
     ids=" ".join,
 )
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(
-    aletheia: "Callable[..., Said]", trained: "Trained", words: list[str]
+    aletheia: "Callable[..., Said]", finished: Workspace, words: list[str]
 ) -> None:
     def everything() -> dict[Path, tuple[int, int]]:
         """But the records' index: a cache, which any reading may renew."""
-        paths = [path for path in trained.workspace.root.rglob("*") if path.name != ".index.sqlite"]
-        stats = {path: path.lstat() for path in paths if path != trained.workspace.experiments}
+        paths = [path for path in finished.root.rglob("*") if path.name != ".index.sqlite"]
+        stats = {path: path.lstat() for path in paths if path != finished.experiments}
         return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
     before = everything()
-    said = aletheia(trained.workspace, *words, *SMALL, "--dry-run")
+    said = aletheia(finished, *words, *SMALL, "--dry-run")
     assert (said.code, said.out) == (0, ""), said.err
     assert len(said.err.splitlines()) >= 2
     assert everything() == before

@@ -1,10 +1,12 @@
 """The rows in data/: as many and of the shape that they claim, through the gate, and nothing but quality to prefer."""
 
+import functools
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -39,14 +41,15 @@ FIELDS = {
 LONGEST_PROFILE = 2048  # tokens: max_length of the profiles that are shipped
 
 
-def rows(name: str) -> list[Row]:
-    return list(read_rows(SHIPPED, f"data/{name}", KINDS[name]))
+@functools.cache
+def rows(name: str) -> Sequence[Row]:
+    return tuple(read_rows(SHIPPED, f"data/{name}", KINDS[name]))
 
 
-CONVERSATIONS: list[Conversation] = read_rows(SHIPPED, "data/sft", Conversation)
-PAIRS: list[PreferencePair] = read_rows(SHIPPED, "data/dpo", PreferencePair)
-QUESTIONS: list[Question] = read_rows(SHIPPED, "data/eval/questions", Question)
-CHOICES: list[MultipleChoice] = read_rows(SHIPPED, "data/eval/choices", MultipleChoice)
+CONVERSATIONS = cast(Sequence[Conversation], rows("sft"))
+PAIRS = cast(Sequence[PreferencePair], rows("dpo"))
+QUESTIONS = cast(Sequence[Question], rows("eval/questions"))
+CHOICES = cast(Sequence[MultipleChoice], rows("eval/choices"))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -185,13 +188,10 @@ def test_code_blocks_are_closed_and_name_their_language() -> None:
 # ── No leak, stricter than the gate ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
-
-
-def shingles(text: str, size: int = 4) -> set[tuple[str, ...]]:
-    found = words(text)
-    return {tuple(found[n : n + size]) for n in range(max(1, len(found) - size + 1))}
+def words_and_shingles(text: str, size: int = 4) -> tuple[set[object], set[object]]:
+    """Its words, and all that stand `size` in a row."""
+    found = re.findall(r"\w+", text.lower())
+    return set(found), {tuple(found[n : n + size]) for n in range(max(1, len(found) - size + 1))}
 
 
 PROMPTS = {
@@ -203,14 +203,16 @@ PROMPTS = {
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(PROMPTS, 2)))
 def test_no_prompt_stands_in_two_sets_even_reworded(one: str, other: str) -> None:
+    ones, others = ([(name, *words_and_shingles(text)) for name, text in PROMPTS[which]] for which in (one, other))
     alike = [
         (a, b)
-        for (a, first), (b, second) in itertools.product(PROMPTS[one], PROMPTS[other])
-        if overlap(set(words(first)), set(words(second))) > 0.5 or overlap(shingles(first), shingles(second)) > 0.2
+        for (a, a_words, a_shingles), (b, b_words, b_shingles) in itertools.product(ones, others)
+        if overlap(a_words, b_words) > 0.5 or overlap(a_shingles, b_shingles) > 0.2
     ]
     assert alike == []
 
 
 def overlap(one: set[object], other: set[object]) -> float:
     """Jaccard's: shared over all."""
-    return len(one & other) / len(one | other)
+    shared = len(one & other)
+    return shared / (len(one) + len(other) - shared)

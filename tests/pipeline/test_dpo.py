@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,59 @@ from pipeline.data.read import read_rows
 from pipeline.data.rows import PreferencePair
 from pipeline.dpo import Dpo
 from pipeline.errors import Interrupted, StageFailed, UserError
-from pipeline.model import Base
+from pipeline.model import Base, find_base
+from pipeline.profile import load_profile
 from pipeline.records.find import records
 from pipeline.records.lifecycle import Record
+from pipeline.sft import Sft
 from pipeline.stage import Job, run_stage
 from pipeline.train import adapter, reference
 from pipeline.train.trainer import StepTrainer
 from pipeline.training_data import read
 from pipeline.workspace import Workspace
+from tests.pipeline.shallow import make_shallow_talk, on_shallow, shallow_base
 
 Losses = Callable[[Any, Encoded], list[float]]
 SHORT = ("dpo_config.epochs=1.0", "dpo_config.warmup_ratio=0.0", "dpo_config.schedule=constant_with_warmup")
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A workspace with an SFT record and nothing after it, on the shallow base, with rows of few words."""
+
+    workspace: Workspace
+    sft: str
+
+    @property
+    def adapter(self) -> Path:
+        return self.workspace.checkpoints / self.sft / "adapter"
+
+    def job(self, *assignments: str, **options: Any) -> Job:
+        return Job(self.workspace, load_profile(self.workspace, "small", list(assignments)), **options)
+
+
+@pytest.fixture(scope="module")
+def shallow(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shallow_base(base, tmp_path_factory.mktemp("shallow") / "base")
+
+
+@pytest.fixture(scope="module")
+def taught_once(shallow: Path, tmp_path_factory: pytest.TempPathFactory) -> Taught:
+    workspace = make_shallow_talk(tmp_path_factory.mktemp("taught") / "root", shallow)
+    return Taught(workspace, run_stage(Sft, Job(workspace, load_profile(workspace, "small"))).id)
+
+
+@pytest.fixture
+def taught(taught_once: Taught, tmp_path: Path) -> Taught:
+    """That workspace as this test's own."""
+    copy = shutil.copytree(taught_once.workspace.root, tmp_path / "taught", symlinks=True)
+    return replace(taught_once, workspace=Workspace(copy))
+
+
+@pytest.fixture
+def small_talk(workspace: Workspace, shallow: Path) -> Workspace:
+    """This test's workspace, with rows of few words, on the shallow base, and no record."""
+    return on_shallow(workspace, shallow)
 
 
 def plain(base: Base, adapter: Path) -> Any:
@@ -127,12 +170,12 @@ def one_weight_by(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return change
 
 
-def assert_fails_at_step_0(trained_copy: Any, said: str) -> None:
+def assert_fails_at_step_0(taught: Taught, said: str) -> None:
     with pytest.raises(StageFailed, match=said):
-        run_stage(Dpo, trained_copy.job())
-    facts = newest(trained_copy.workspace)
+        run_stage(Dpo, taught.job())
+    facts = newest(taught.workspace)
     assert facts.status == "failed" and facts.failure.step == 0
-    assert not (trained_copy.workspace.checkpoints / newest_id(trained_copy.workspace) / "adapter").exists()
+    assert not (taught.workspace.checkpoints / newest_id(taught.workspace) / "adapter").exists()
 
 
 @pytest.mark.parametrize(
@@ -146,11 +189,11 @@ def assert_fails_at_step_0(trained_copy: Any, said: str) -> None:
     ids=["the policy moved", "the policy is broken", "another reference", "of other pairs"],
 )
 def test_a_reference_that_is_not_the_policy_fails_the_run_at_step_0(
-    trained_copy: Any, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., Any]
+    taught: Taught, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., Any]
 ) -> None:
     honest = reference.log_probs
     monkeypatch.setattr(reference, "log_probs", lambda w, k, model, *given: fault(model, honest(w, k, model, *given)))
-    assert_fails_at_step_0(trained_copy, "nats off the reference's before step 1")
+    assert_fails_at_step_0(taught, "nats off the reference's before step 1")
 
 
 @pytest.mark.parametrize(
@@ -159,39 +202,37 @@ def test_a_reference_that_is_not_the_policy_fails_the_run_at_step_0(
     ids=["one weight", "rounded", "the base"],
 )
 def test_a_policy_that_is_not_the_sft_adapter_fails_the_run_at_step_0(
-    trained_copy: Any, monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor]
+    taught: Taught, monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
     """Policy and reference agree, and the loss is ln 2."""
     honest = adapter.start
     monkeypatch.setattr(adapter, "start", lambda *given: changed(honest(*given), change))
-    assert_fails_at_step_0(trained_copy, "the policy starts apart from the SFT adapter")
+    assert_fails_at_step_0(taught, "the policy starts apart from the SFT adapter")
 
 
-def test_an_sft_adapter_that_changes_nothing_is_no_reference(
-    trained_copy: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_sft_adapter_that_changes_nothing_is_no_reference(taught: Taught, monkeypatch: pytest.MonkeyPatch) -> None:
     """The third guard alone: tensors agree and the loss is ln 2, but the log-probs are the base's."""
     honest = adapter.start
     monkeypatch.setattr(adapter, "start", lambda *given: changed(honest(*given), torch.zeros_like))
     monkeypatch.setattr(reference, "_check_tensors", lambda *given: None)
-    assert_fails_at_step_0(trained_copy, "it is not the SFT policy")
+    assert_fails_at_step_0(taught, "it is not the SFT policy")
 
 
-def test_reference_log_probs_are_kept_and_not_taken_for_another_adapters(trained_copy: Any) -> None:
-    run_stage(Dpo, trained_copy.job(*SHORT))
-    (kept,) = (trained_copy.workspace.checkpoints / reference.FOLDER).iterdir()
+def test_reference_log_probs_are_kept_and_not_taken_for_another_adapters(taught: Taught) -> None:
+    run_stage(Dpo, taught.job(*SHORT))
+    (kept,) = (taught.workspace.checkpoints / reference.FOLDER).iterdir()
     before = kept.read_bytes()
-    run_stage(Dpo, trained_copy.job(*SHORT, "dpo_config.beta=0.2"))
+    run_stage(Dpo, taught.job(*SHORT, "dpo_config.beta=0.2"))
     assert [*kept.parent.iterdir()] == [kept] and kept.read_bytes() == before
-    run_stage(Dpo, trained_copy.job(*SHORT, source="base"))
+    run_stage(Dpo, taught.job(*SHORT, source="base"))
     assert len([*kept.parent.iterdir()]) == 2
 
 
 @pytest.mark.parametrize("loss", ["ipo", "robust", "hinge", "apo_zero", "kto", "sppo_hard", "orpo"])
-def test_every_loss_trains(trained_copy: Any, loss: str) -> None:
+def test_every_loss_trains(taught: Taught, loss: str) -> None:
     chosen = [f"dpo_config.loss_type={loss}", "dpo_config.learning_rate=1e-3"]
     chosen += ["dpo_config.label_smoothing=0.1"] * (loss == "robust") + ["dpo_config.sft_weight=1.0"] * (loss == "orpo")
-    record = run_stage(Dpo, trained_copy.job(*SHORT, "dpo_config.epochs=3.0", *chosen))
+    record = run_stage(Dpo, taught.job(*SHORT, "dpo_config.epochs=2.0", *chosen))
     margins = [line["rewards/margins"] for line in logged(record)]
     assert margins[-1] > margins[0]
 
@@ -204,14 +245,14 @@ def newest_id(workspace: Workspace) -> str:
     return next(records(workspace))[0].id
 
 
-def test_dpo_straight_on_the_base_when_asked(small_talk: Workspace, job: Callable[..., Job], base: Base) -> None:
-    record = run_stage(Dpo, job(*SHORT, source="base"))
+def test_dpo_straight_on_the_base_when_asked(small_talk: Workspace, job: Callable[..., Job]) -> None:
+    record = run_stage(Dpo, asked := job(*SHORT, source="base"))
     found = record.facts.results["reference"]
     assert found["is"] == "base" and record.facts.lineage.inputs == []
     assert found["max_log_prob_distance_from_base"] == 0
     losses = [entry["loss"] for entry in logged(record)]
     assert losses[0] == pytest.approx(0.693147, abs=1e-4) and losses[-1] < losses[0]
-    plain(base, record.output / "adapter")
+    plain(find_base(small_talk, asked.profile), record.output / "adapter")
 
 
 def test_dpo_without_an_sft_record_says_what_to_run(small_talk: Workspace, job: Callable[..., Job]) -> None:
@@ -221,12 +262,13 @@ def test_dpo_without_an_sft_record_says_what_to_run(small_talk: Workspace, job: 
 
 
 def test_log_probs_of_the_first_step_are_those_of_the_completions(
-    small_talk: Workspace, job: Callable[..., Job], base: Base, answer_losses: Losses
+    small_talk: Workspace, job: Callable[..., Job], answer_losses: Losses
 ) -> None:
     """The mask promise on the real trainer: trl's own figure for a batch of every pair, worked out from the base."""
     from transformers import AutoModelForCausalLM
 
-    record = run_stage(Dpo, job(*SHORT, "dpo_config.batch_size=6", source="base"))
+    record = run_stage(Dpo, asked := job(*SHORT, "dpo_config.batch_size=6", source="base"))
+    base = find_base(small_talk, asked.profile)
     model, chat = AutoModelForCausalLM.from_pretrained(base.folder), base.chat()
     sums: list[list[float]] = [[], []]
     for pair in read_rows(small_talk, "data/dpo", PreferencePair):
@@ -276,17 +318,17 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 @pytest.mark.parametrize("loss", ["sigmoid", "kto"])
 def test_interrupted_dpo_resumed_equals_uninterrupted_on_the_source_it_began_from(
-    trained_copy: Any, monkeypatch: pytest.MonkeyPatch, loss: str
+    taught: Taught, monkeypatch: pytest.MonkeyPatch, loss: str
 ) -> None:
     """It began on the base; the resume names no source, and an SFT adapter is there to be taken by mistake."""
     held_out = "training_data.validation.fraction=0.34"
     settings = (*SHORT, held_out, f"dpo_config.loss_type={loss}", "dpo_config.learning_rate=1e-3")
     settings += ("dpo_config.batch_size=1", "dpo_config.epochs=2.0")
-    whole = run_stage(Dpo, trained_copy.job(*settings, source="base"))
+    whole = run_stage(Dpo, taught.job(*settings, source="base"))
     interrupt_at(monkeypatch, step=3)
     with pytest.raises(Interrupted, match="after step 3/8"):
-        run_stage(Dpo, trained_copy.job(*settings, source="base"))
-    resumed = run_stage(Dpo, trained_copy.job(resume=True))
+        run_stage(Dpo, taught.job(*settings, source="base"))
+    resumed = run_stage(Dpo, taught.job(resume=True))
     assert [change.status for change in resumed.facts.history] == ["running", "cancelled", "running", "complete"]
     assert resumed.facts.results["reference"] == whole.facts.results["reference"]
     assert curve(resumed) == curve(whole)
@@ -295,28 +337,28 @@ def test_interrupted_dpo_resumed_equals_uninterrupted_on_the_source_it_began_fro
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_a_resume_from_another_source_is_refused(trained_copy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resume_from_another_source_is_refused(taught: Taught, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt_at(monkeypatch, step=1)
     with pytest.raises(Interrupted):
-        run_stage(Dpo, trained_copy.job())
-    with pytest.raises(UserError, match=f"began from {trained_copy.sft}, not base"):
-        run_stage(Dpo, trained_copy.job(source="base", resume=True))
+        run_stage(Dpo, taught.job())
+    with pytest.raises(UserError, match=f"began from {taught.sft}, not base"):
+        run_stage(Dpo, taught.job(source="base", resume=True))
 
 
-def test_a_changed_sft_adapter_is_refused(trained_copy: Any) -> None:
-    adapter = trained_copy.output("sft") / "adapter_model.safetensors"
+def test_a_changed_sft_adapter_is_refused(taught: Taught) -> None:
+    adapter = taught.adapter / "adapter_model.safetensors"
     content = bytearray(adapter.read_bytes())
     content[-1] ^= 1
     adapter.write_bytes(content)
     with pytest.raises(UserError, match=r"adapter_model\.safetensors was changed since"):
-        run_stage(Dpo, trained_copy.job())
+        run_stage(Dpo, taught.job())
 
 
-def test_an_adapter_made_for_another_base_is_refused(trained_copy: Any, base: Base, tmp_path: Path) -> None:
+def test_an_adapter_made_for_another_base_is_refused(taught: Taught, shallow: Path, tmp_path: Path) -> None:
     """The reference would otherwise be another base with the SFT adapter on it: not the SFT policy."""
-    other = shutil.copytree(base.folder, tmp_path / "other")
+    other = shutil.copytree(shallow, tmp_path / "other")
     weights = bytearray((other / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (other / "model.safetensors").write_bytes(weights)
     with pytest.raises(UserError, match="was trained on other weights than this base's"):
-        run_stage(Dpo, trained_copy.job(f"base_model={other}"))
+        run_stage(Dpo, taught.job(f"base_model={other}"))

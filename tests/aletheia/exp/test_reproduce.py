@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,7 @@ base_model: tiny
 device: cpu
 training_data: {validation: {fraction: 0.34, strategy: random, seed: 1}}
 sft_config: {learning_rate: 2e-3, batch_size: 2, gradient_accumulation: 1, epochs: 1.0, max_length: 2048}
+telemetry: {curves: false, tensorboard: false}  # two seconds a training
 """
 
 
@@ -102,6 +104,11 @@ def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def snapshot(workspace: Workspace) -> str:
+    """The id of a new record of the stage `data`; without a base no tokens are counted, which takes longest."""
+    return run_stage(Snapshot, Job(workspace, load_profile(workspace, "small", ["base_model=./none"]))).id
+
+
 @dataclass(frozen=True)
 class Place:
     """A workspace, the checkout that its runs take for theirs, and what a test does there."""
@@ -111,8 +118,7 @@ class Place:
     capsys: pytest.CaptureFixture[str]
 
     def snapshot(self) -> str:
-        """The id of a new record of the stage `data`; without a base no tokens are counted, which takes longest."""
-        return run_stage(Snapshot, Job(self.workspace, load_profile(self.workspace, "small", ["base_model=./none"]))).id
+        return snapshot(self.workspace)
 
     def facts(self, record: str) -> Facts:
         facts = RecordFile(self.workspace.experiments / f"{record}.yaml").facts()
@@ -140,29 +146,57 @@ class Place:
         return reproduce(self.workspace, record, dry_run=False, as_json=False), self.capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def cloned(committed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the runs take for their checkout, with a folder for temporary ones beside it."""
+    checkout = tmp_path_factory.mktemp("cloned") / "checkout"
+    checkout.with_name("temporary").mkdir()
+    git(committed, "clone", "-q", str(committed), str(checkout))
+    return checkout
+
+
+@contextmanager
+def running_from(checkout: Path) -> Iterator[None]:
+    """What runs here takes that checkout for its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("GIT_")]:
+            patch.delenv(name)
+        for module in (capture, restore):
+            patch.setattr(module, "CHECKOUT", checkout)
+        yield
+
+
+@pytest.fixture(scope="module")
+def recorded(cloned: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A root with one record that can be run again, and its id."""
+    root = tmp_path_factory.mktemp("recorded") / "root"
+    write_rows(root)
+    with running_from(cloned):
+        return root, snapshot(Workspace(root))
+
+
 @pytest.fixture
 def then(
-    committed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    committed: Path, cloned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Place]:
-    """A clone and a workspace of this test's own; afterwards no worktree is left, nor a folder of one."""
-    for name in [name for name in os.environ if name.startswith("GIT_")]:
-        monkeypatch.delenv(name)
-    checkout, root, temporary = tmp_path / "checkout", tmp_path / "root", tmp_path / "temporary"
-    git(committed, "clone", "-q", str(committed), str(checkout))
-    for module in (capture, restore):
-        monkeypatch.setattr(module, "CHECKOUT", checkout)
-    temporary.mkdir()
+    """A workspace of this test's own; afterwards no worktree is left, nor a folder of one, and the clone is as before."""
+    root, temporary = tmp_path / "root", cloned.with_name("temporary")
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     write_rows(root)
-    yield Place(Workspace(root), checkout, capsys)
-    assert git(checkout, "worktree", "list").count("\n") == 1
+    with running_from(cloned):
+        yield Place(Workspace(root), cloned, capsys)
+    assert git(cloned, "worktree", "list").count("\n") == 1
     assert not list(temporary.glob("aletheia-*"))  # torch may leave a cache of its own
+    git(cloned, "reset", "-q", "--hard", git(committed, "rev-parse", "HEAD").strip())
+    assert git(cloned, "status", "--porcelain") == ""
 
 
 @pytest.fixture
-def record(then: Place) -> str:
+def record(then: Place, recorded: tuple[Path, str]) -> str:
     """A record that can be run again: each test takes one thing away."""
-    return then.snapshot()
+    root, made = recorded
+    shutil.copytree(root, then.workspace.root, dirs_exist_ok=True)
+    return made
 
 
 def test_nothing_is_missing_where_all_is_as_it_was(then: Place, record: str) -> None:
@@ -376,7 +410,7 @@ def test_an_interrupt_ends_the_run_and_leaves_no_worktree_behind(then: Place) ->
     process = start_at(then.checkout, then.workspace, "exp", "reproduce", record)
     path = then.workspace.experiments / f"{record[:-1]}2.yaml"
     deadline = time.monotonic() + 60
-    while not path.exists() and time.monotonic() < deadline:
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

@@ -69,9 +69,18 @@ def facts_of(file: RecordFile) -> Facts:
     return facts
 
 
+def one_to_evaluate_on(workspace: Workspace) -> None:
+    """One open question and one multiple choice: each is looked for in the training rows."""
+    for kind in ("questions", "choices"):
+        _, *others = sorted((workspace.root / "data" / "eval" / kind).glob("*.jsonl"))
+        for path in others:
+            path.unlink()
+
+
 @pytest.fixture
-def world(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> World:
+def world(workspace: Workspace, monkeypatch: pytest.MonkeyPatch, parsed_once: None) -> World:
     few_words(workspace)  # each stage reads them anew, and so does each look at whether they have changed
+    one_to_evaluate_on(workspace)
     profile = workspace.configs / "small.yaml"
     profile.write_text(profile.read_text().replace("fraction: 0.0", "fraction: 0.34"))
     world = World(workspace)
@@ -455,6 +464,8 @@ def test_a_run_that_was_killed_goes_on_at_that_stage_and_keeps_what_was_finished
 
 def test_real_stages_go_on_where_broken_rows_stopped_them(small_talk: Workspace, aletheia: Callable[..., Any]) -> None:
     (profile := small_talk.configs / "small.yaml").write_text(profile.read_text().replace("epochs: 2.0", "epochs: 1.0"))
+    for path in (small_talk.root / "data").glob("[sd]*/*.jsonl"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))  # two steps
     said = aletheia(small_talk, "exp", "plan", "sft", "dpo", "--profile", "small", "--criterion", "sft.steps > 0")
     file = RecordFile(small_talk.root / said.out.strip())
     above = file.path.read_bytes()

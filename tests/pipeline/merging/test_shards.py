@@ -301,7 +301,7 @@ def test_a_full_disk_says_which_file(tmp_path: Path, size: int) -> None:
 
 MEASURED = """
 import resource, sys
-from functools import partial
+from itertools import product
 from pathlib import Path
 import torch
 from pipeline.merging import writer
@@ -311,17 +311,20 @@ from pipeline.merging.update import Adapter, Change, Factor, LowRank, Updates
 
 torch.set_num_threads(1)
 writer.WAITING = 0  # more than the smaller model has
-A, B = torch.randn(8, 2048), torch.randn(1024, 8)
+A, B, M = torch.randn(8, 2048), torch.randn(1024, 8), torch.rand(1024) + 50
+CHANGES = {
+    "LoRA": Change(lambda: LowRank((Factor(A.clone(), B.clone(), 2.0),))),
+    "DoRA": Change(lambda: LowRank((Factor(A.clone(), B.clone(), 2.0),), M.clone())),
+}
 
 def merge(base):
-    change = Change(lambda: LowRank((Factor(A.clone(), B.clone(), 2.0),)))
-    for arithmetic in ("float32", "peft"):
-        out = base.with_name(f"{base.name}-{arithmetic}")
+    for kind, arithmetic in product(CHANGES, ("float32", "peft")):
+        out = base.with_name(f"{base.name}-{kind}-{arithmetic}")
         out.mkdir()
         names = [f"layers.{n}.weight" for n in range(int(base.name))]
-        updates = Updates({name: change for name in names})
+        updates = Updates({name: CHANGES[kind] for name in names})
         functions = {n: (lambda w, out, n=n: updates[n].merged(w, arithmetic, out)) for n in names}
-        check = WeightCheck(base, out, Adapter("LoRA", updates), arithmetic)
+        check = WeightCheck(base, out, Adapter(kind, updates), arithmetic)
         assert sorted(check.each(rewrite(base, out, functions))) == sorted(names)
     processes = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
     return max(resource.getrusage(one).ru_maxrss for one in processes) * 1024
@@ -333,7 +336,7 @@ print(before, *(merge(Path(sys.argv[1]) / number) for number in ("2", "30")))
 
 
 def test_memory_is_that_of_a_tensor_however_many_there_are(tmp_path: Path) -> None:
-    """Writing and checking, in both arithmetics; a tensor is 8 MB in float32, the larger model 120 MB in one file."""
+    """Writing and checking a LoRA and a DoRA, in both arithmetics; a tensor is 8 MB in float32, the larger model 120 MB."""
     for number in (2, 30):
         (tmp_path / str(number)).mkdir()
         weights = {f"layers.{n}.weight": torch.full((1024, 2048), 0.5).bfloat16() for n in range(number)}

@@ -1,12 +1,16 @@
 """A file written by a thread of its own holds what it was given."""
 
+import errno
+import os
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from pipeline.merging.writer import Writer
+from pipeline.merging.writer import ALIGNED, Writer
 from pipeline.records.find import sha256
 
 
@@ -22,10 +26,74 @@ def test_what_waits_to_be_written_is_not_written_over(tmp_path: Path, monkeypatc
     monkeypatch.setattr("pipeline.merging.writer.WAITING", 1000)
     generator = np.random.default_rng(0)
     pieces = [generator.bytes(size) for size in generator.integers(0, 601, size=200)]
-    with Writer(tmp_path / "written", largest=600) as writer:
+    with Writer(tmp_path / "written", waiting=1200) as writer:
         for piece in pieces:
             room = writer.room(len(piece))
+            assert room.ctypes.data % ALIGNED == 0
             room[:] = np.frombuffer(piece, np.uint8)
             writer.write(room)
     assert (tmp_path / "written").read_bytes() == b"".join(pieces)
     assert writer.sha256 == sha256(tmp_path / "written") and writer.on_disk == sum(map(len, pieces))
+
+
+def test_what_is_said_to_be_on_the_disk_was_synced_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.merging.writer.SYNCED", 500)
+    honest, synced = os.fsync, [0]
+
+    def fsync(handle: int) -> None:
+        length = os.fstat(handle).st_size
+        assert writer.on_disk <= synced[-1]
+        honest(handle)
+        synced.append(length)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with Writer(tmp_path / "written") as writer:
+        for _ in range(20):
+            writer.write(bytes(300))
+    assert writer.on_disk == synced[-1] == 6000 and len(synced) > 5
+
+
+class Disk:
+    """A file that is `full` for its fourth write alone, and whose third waits until it is `open`."""
+
+    def __init__(self, file: Any, full: bool) -> None:
+        self.file, self.writes, self.full, self.open = file, 0, full, threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.file.close()
+
+    def write(self, chunk: bytes) -> int:
+        self.writes += 1
+        if self.writes == 3:
+            assert self.open.wait(60)
+        if self.writes == 4 and self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return int(self.file.write(chunk))
+
+
+def test_after_a_failed_write_nothing_is_written_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though there is room on the disk again: what follows would be taken for what is missing."""
+    monkeypatch.setattr("pipeline.merging.writer.SYNCED", 1)
+    pieces = [bytes([number]) * 100 for number in range(30)]
+    with pytest.raises(OSError, match=r"No space left on device.*.*written"), Writer(tmp_path / "written") as writer:
+        writer._file = disk = Disk(writer._file, full=True)  # type: ignore[assignment]
+        for piece in pieces:
+            writer.write(piece)
+        disk.open.set()
+    assert (tmp_path / "written").read_bytes() == b"".join(pieces[:3]) and writer.on_disk <= 300
+
+
+def test_a_stop_does_not_wait_for_what_waits(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), Writer(tmp_path / "written") as writer:
+        writer._file = disk = Disk(writer._file, full=False)  # type: ignore[assignment]
+        for number in range(30):
+            writer.write(bytes([number]) * 100)
+        threading.Timer(0.2, disk.open.set).start()
+        raise KeyboardInterrupt
+    assert len((tmp_path / "written").read_bytes()) <= 300

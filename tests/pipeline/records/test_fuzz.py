@@ -402,6 +402,7 @@ def survives(operation: Callable[[], Any]) -> Any:
         return error
 
 
+@pytest.mark.usefixtures("parsed_once")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_no_broken_or_hostile_record_crashes_loses_a_byte_or_runs_anything(
     damage: Callable[[bytes, random.Random], bytes],

@@ -123,8 +123,11 @@ def test_a_domain_that_no_row_has_is_refused_with_its_line(
 
 
 @pytest.mark.parametrize("section", STAGES)
-def test_weights_that_cancel_out_are_refused(job: Callable[..., Job], section: str) -> None:
+def test_weights_that_cancel_out_are_refused(small_talk: Workspace, job: Callable[..., Job], section: str) -> None:
     """Between rows of one step they act, and nowhere else."""
+    path = small_talk.root / f"data/{section.removesuffix('_config')}/few.jsonl"
+    first, *others = path.read_text("utf-8").splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(first) | {"domain": "databases"}), *others]) + "\n", "utf-8")
     weighted, one_row = f"{section}.domain_weights={{databases: 2.0}}", f"{section}.batch_size=1"
     assert STAGES[section].prepare(job(weighted, source="base"))
     with pytest.raises(UserError, match=rf"^--set: {section}\.domain_weights: .* where a step has one row; try grad"):

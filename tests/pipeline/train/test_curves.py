@@ -69,11 +69,10 @@ def drawn(folder: Path, log: Log) -> dict[str, bytes]:
 
 
 def drawn_bare(folder: Path, log: Log) -> dict[str, bytes]:
-    """The same lines, but the ticks bear no numbers, and nothing is measured to find its place: a third of the time."""
+    """The same lines, but without ticks, and nothing is measured to find its place: a fifth of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("matplotlib.layout_engine.ConstrainedLayoutEngine", lambda **_: None)
-        for labels in ("xtick.labelbottom", "ytick.labelleft"):
-            patch.setitem(curves.STYLE, labels, False)
+        patch.setattr("matplotlib.axis.Axis._update_ticks", lambda axis: [])
         return drawn(folder, log)
 
 
@@ -124,7 +123,7 @@ def test_what_an_older_log_does_not_know_is_left_out(older: dict[str, bytes]) ->
 
 
 def test_two_steps_are_enough(tmp_path: Path) -> None:
-    assert "loss.png" in drawn(tmp_path, sft_log(2))
+    assert "loss.png" in drawn_bare(tmp_path, sft_log(2))
 
 
 def test_a_log_with_figures_that_are_no_numbers_is_still_drawn(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import pytest
@@ -33,6 +33,35 @@ def test_every_loss_passes_packed_and_padded_with_room_to_spare() -> None:
     assert all(c.relative_error < 1e-6 for c in found)
     assert all(c.parameters > 500 for c in found)
     assert torch.get_rng_state().equal(state)
+
+
+@dataclass(frozen=True)
+class Differenced:
+    """The plain side of the check, with nothing planted: every loss, and its slopes along the directions."""
+
+    losses: torch.Tensor
+    slopes: dict[str, torch.Tensor]
+
+
+def plain_losses(model: Any, sequences: Sequence[Any], cases: Sequence[Any]) -> torch.Tensor:
+    with torch.no_grad():
+        answers = gradient_check._plainly(model, sequences)
+        return torch.stack([case.formula(answers[case.sequences]) for case in cases])
+
+
+@pytest.fixture(scope="module")
+def differenced() -> Differenced:
+    honest, found = gradient_check._differences, list[Differenced]()
+
+    def differences(model: Any, tensors: Any, directions: Any, sequences: Any, cases: Any) -> dict[str, torch.Tensor]:
+        losses = plain_losses(model, sequences, cases)
+        found.append(Differenced(losses, honest(model, tensors, directions, sequences, cases)))
+        return found[-1].slopes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradient_check, "_differences", differences)
+        assert not wrong(check_gradients())
+    return found[0]
 
 
 def turn_the_sign(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,9 +150,16 @@ def every(losses: set[str], *forwards: str) -> set[tuple[str, str]]:
     ],
 )
 def test_a_planted_fault_is_caught_where_it_is_and_nowhere_else(
-    plant: Fault, caught: set[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+    plant: Fault, caught: set[tuple[str, str]], differenced: Differenced, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The plain side takes two thirds of the time and no fault may reach it: its losses are seen to be the honest ones."""
+
+    def differences(model: Any, tensors: Any, directions: Any, sequences: Any, cases: Any) -> dict[str, torch.Tensor]:
+        assert torch.equal(plain_losses(model, sequences, cases), differenced.losses)
+        return differenced.slopes
+
     plant(monkeypatch)
+    monkeypatch.setattr(gradient_check, "_differences", differences)
     assert wrong(check_gradients()) == caught
 
 

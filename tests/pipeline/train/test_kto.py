@@ -15,7 +15,7 @@ from pipeline.config import DpoConfig
 from pipeline.data.rows import PreferencePair
 from pipeline.dpo import Dpo
 from pipeline.encoded import Encoded
-from pipeline.model import Base
+from pipeline.model import Base, find_base
 from pipeline.stage import Job, run_stage
 from pipeline.train import attention
 from pipeline.train.head import bare, token_log_probs
@@ -248,7 +248,7 @@ def test_loss_gradient_and_reference_point_of_a_step_are_trls(referee: Any) -> N
 
 
 def test_a_run_starts_at_one_half_and_its_held_out_loss_has_its_own_reference_point(
-    small_talk: Workspace, job: Callable[..., Job], base: Base, answer_losses: Callable[[Any, Encoded], list[float]]
+    small_talk: Workspace, job: Callable[..., Job], answer_losses: Callable[[Any, Encoded], list[float]]
 ) -> None:
     """Worked out once more from the adapter that was kept, by peft alone. The SFT term lifts z0 above 0."""
     from peft import PeftModel
@@ -256,7 +256,7 @@ def test_a_run_starts_at_one_half_and_its_held_out_loss_has_its_own_reference_po
     settings = ["loss_type=kto", "sft_weight=3.0", "learning_rate=2e-3", "epochs=3.0", "warmup_ratio=0.0", "beta=0.5"]
     held_out = "training_data.validation.fraction=0.5"
     asked = job(*(f"dpo_config.{setting}" for setting in settings), held_out, source="base")
-    record = run_stage(Dpo, asked)
+    record, base = run_stage(Dpo, asked), find_base(small_talk, asked.profile)
     assert record.facts.results["reference"]["loss_at_step_0"] == 0.5
     lines = [json.loads(line) for line in (record.folder / "log.jsonl").read_text("utf-8").splitlines()]
     steps, validations = ([line for line in lines if key in line] for key in ("loss", "eval_loss"))

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,18 +18,27 @@ from pipeline.profile import load_profile
 from pipeline.records.file import RecordFile
 from pipeline.sft import Sft
 from pipeline.stage import Job, run_stage
+from pipeline.train.trainer import StepTrainer
 from pipeline.workspace import CHECKOUT, Workspace
 from tests.forked import Forked
 
-EPOCHS = "sft_config.epochs=5.0"
+EPOCHS, STEPS = "sft_config.epochs=2.0", 10
 TWO = ("--standalone", "--nproc-per-node", "2")
 Start = Callable[..., Forked]
 
 
 def rank(*words: str) -> None:
-    """`python -m aletheia`, but for the imports."""
+    """`python -m aletheia`, but for the imports; it waits before each step, unless it is the resume, to be stopped in time."""
     from aletheia.cli import main
 
+    if "--resume" not in words:
+        honest = StepTrainer.training_step
+
+        def training_step(self: Any, *arguments: Any, **options: Any) -> Any:
+            time.sleep(0.2)
+            return honest(self, *arguments, **options)
+
+        StepTrainer.training_step = training_step  # type: ignore[method-assign]
     sys.argv = ["aletheia", *words]
     try:
         main()
@@ -87,7 +97,7 @@ def test_two_ranks_stop_together_go_on_and_learn_what_one_process_learns(
     facts = record.facts()
     assert facts and facts.status == "cancelled"
     done = steps(record.folder / "log.jsonl")
-    assert 3 <= done < 25 and (small_talk.checkpoints / record.id / f"checkpoint-{done}").is_dir()
+    assert 3 <= done < STEPS and (small_talk.checkpoints / record.id / f"checkpoint-{done}").is_dir()
 
     resumed = two_ranks("sft", "--profile", "small", "--resume")
     out, err = resumed.communicate(timeout=120)
@@ -95,7 +105,7 @@ def test_two_ranks_stop_together_go_on_and_learn_what_one_process_learns(
     assert out == f"experiments/{record.id}.yaml\n" and f"goes on from checkpoint-{done}" in err
     facts = record.facts()
     assert facts and facts.status == "complete" and facts.results["training"]["ranks"] == 2
-    assert steps(record.folder / "log.jsonl") == facts.results["training"]["steps"] == 25
+    assert steps(record.folder / "log.jsonl") == facts.results["training"]["steps"] == STEPS
     one, two = adapter(small_talk, alone), adapter(small_talk, record.id)
     assert (one - two).norm() < 1e-3 * one.norm()
     left = {path.name for folder in (small_talk.experiments, small_talk.checkpoints) for path in folder.glob("EXP-*")}

@@ -6,15 +6,16 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from aletheia.cli import main
 from pipeline import statistics
 from pipeline.errors import Interrupted, UserError
-from pipeline.model import Base
+from pipeline.profile import load_profile
 from pipeline.progress import Progress
 from pipeline.records.file import RecordFile
 from pipeline.records.find import records, sha256
@@ -27,7 +28,7 @@ from pipeline.train.trainer import StepTrainer
 from pipeline.workspace import Workspace
 from tests.forked import Forked
 
-Command = Callable[..., Forked]
+Command = Callable[[], Forked]
 DEADLINE = 120.0  # seconds; far more than any machine needs
 
 
@@ -53,10 +54,51 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in clock} for line in log_of(folder)]
 
 
-def assert_equals_uninterrupted(resumed: Record, trained: Any) -> None:
+SETTINGS = (
+    *("training_data.validation.fraction=0.34", "sft_config.epochs=2.0"),
+    *("sft_config.save_steps=3", "sft_config.lora_dropout=0.2"),
+)
+"""4 steps an epoch, so that a checkpoint lies in the middle of one."""
+
+
+def slowly() -> None:
+    """The command, so slow that a signal comes in the middle of it, in however few steps: it waits and computes nothing."""
+    honest = StepTrainer.training_step
+
+    def training_step(self: Any, *arguments: Any, **options: Any) -> Any:
+        time.sleep(0.2)
+        return honest(self, *arguments, **options)
+
+    StepTrainer.training_step = training_step  # type: ignore[method-assign]
+    main()
+
+
+@pytest.fixture
+def sft(small_talk: Workspace, tmp_path: Path) -> Iterator[Command]:
+    """The command in a process of its own, to be stopped."""
+    started: list[Forked] = []
+
+    def start() -> Forked:
+        words = [word for setting in SETTINGS for word in ("--set", setting)]
+        environment = os.environ | {"ALETHEIA_ROOT": str(small_talk.root)}
+        command = ("sft", "--profile", "small", *words)
+        started.append(Forked(tmp_path / "said", *command, environment=environment, main=slowly))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(module_talk: Workspace) -> Record:
+    return run_stage(Sft, Job(module_talk, load_profile(module_talk, "small", list(SETTINGS))))
+
+
+def assert_equals_uninterrupted(resumed: Record, whole: Record) -> None:
     """Bit for bit: the adapter, every step and validation on the way, every held-out row."""
-    whole = trained.record("sft")
-    for path in sorted(trained.output("sft").iterdir()):
+    for path in sorted((whole.output / "adapter").iterdir()):
         assert (resumed.output / "adapter" / path.name).read_bytes() == path.read_bytes(), path.name
     assert curve(resumed.folder) == curve(whole.folder)
     assert (resumed.folder / "heldout.jsonl").read_bytes() == (whole.folder / "heldout.jsonl").read_bytes()
@@ -65,53 +107,53 @@ def assert_equals_uninterrupted(resumed: Record, trained: Any) -> None:
         takes = ("seconds", "predicted", "predicted_and_actual")
         return results | {"training": {k: v for k, v in results["training"].items() if k not in takes}}
 
-    facts = RecordFile(resumed.file.path).facts()
-    assert facts is not None
-    assert told(facts.results) == told(whole.facts().results)
+    facts, expected = RecordFile(resumed.file.path).facts(), RecordFile(whole.file.path).facts()
+    assert facts is not None and expected is not None
+    assert told(facts.results) == told(expected.results)
     assert not list(resumed.output.glob("checkpoint-*"))
 
 
 def test_run_stopped_by_sigterm_and_resumed_equals_uninterrupted(
-    workspace: Workspace, job: Callable[..., Job], forked: Command, trained: Any
+    small_talk: Workspace, job: Callable[..., Job], sft: Command, uninterrupted: Record
 ) -> None:
-    run = forked("sft", "--profile", "small")
-    wait_until(run, lambda: steps_logged(workspace.experiments) >= 1)
+    run = sft()
+    wait_until(run, lambda: steps_logged(small_talk.experiments) >= 1)
     run.send_signal(signal.SIGTERM)
     out, errors = run.communicate(timeout=DEADLINE)
     assert run.returncode == 130 and out == ""
     assert errors.splitlines()[-1].startswith("error: interrupted by SIGTERM after step ")
-    assert errors.splitlines()[-1].endswith("/10; RESUME=1 (--resume) goes on from there")
-    assert next(records(workspace))[1].status == "cancelled"
+    assert errors.splitlines()[-1].endswith("/8; RESUME=1 (--resume) goes on from there")
+    assert next(records(small_talk))[1].status == "cancelled"
 
     resumed = run_stage(Sft, job(resume=True))
     assert [change.status for change in resumed.facts.history] == ["running", "cancelled", "running", "complete"]
-    assert_equals_uninterrupted(resumed, trained)
+    assert_equals_uninterrupted(resumed, uninterrupted)
 
 
 def test_killed_run_resumed_past_a_torn_checkpoint_equals_uninterrupted(
-    workspace: Workspace,
+    small_talk: Workspace,
     job: Callable[..., Job],
-    forked: Command,
-    trained: Any,
+    sft: Command,
+    uninterrupted: Record,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = forked("sft", "--profile", "small")
-    wait_until(run, lambda: bool(list(workspace.checkpoints.glob(f"EXP-*/checkpoint-4/{SEAL}"))))
+    run = sft()
+    wait_until(run, lambda: bool(list(small_talk.checkpoints.glob(f"EXP-*/checkpoint-3/{SEAL}"))))
     run.kill()
     run.communicate(timeout=DEADLINE)
-    file, facts = next(records(workspace))
+    file, facts = next(records(small_talk))
     assert facts.status == "running" and liveness(facts) == "dead"
 
-    output = workspace.checkpoints / file.id
-    torn = shutil.copytree(output / "checkpoint-4", output / "checkpoint-7")  # sealed, and then cut short
+    output = small_talk.checkpoints / file.id
+    torn = shutil.copytree(output / "checkpoint-3", output / "checkpoint-5")  # sealed, and then cut short
     os.truncate(torn / "optimizer.pt", (torn / "optimizer.pt").stat().st_size // 2)
     with (file.folder / "log.jsonl").open("a") as log:
-        log.write('{"step": 7, "lo')  # the line it was writing
+        log.write('{"step": 5, "lo')  # the line it was writing
     resumed = run_stage(Sft, job(resume=True))
     assert resumed.id == file.id
     said = capsys.readouterr().err
-    assert "note: checkpoint-7 is torn and passed over" in said and "goes on from checkpoint-4" in said
-    assert_equals_uninterrupted(resumed, trained)
+    assert "note: checkpoint-5 is torn and passed over" in said and "goes on from checkpoint-3" in said
+    assert_equals_uninterrupted(resumed, uninterrupted)
 
 
 def checkpoint(folder: Path, step: int) -> Path:
@@ -149,15 +191,20 @@ def test_no_whole_checkpoint_starts_from_the_beginning(tmp_path: Path) -> None:
     assert newest_sealed(tmp_path) is None
 
 
-@pytest.fixture
-def interrupted(small_talk: Workspace, job: Callable[..., Job], base: Base, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run on a base of its own, with a row rejected, that was stopped in its first step. Returns the base's folder."""
-    folder = shutil.copytree(base.folder, small_talk.root / "own-base")
+OWN_BASE = ("base_model=own-base", "sft_config.epochs=1.0", "training_data.max_reject_share=0.5")
+
+
+@pytest.fixture(scope="module")
+def stopped(module_talk: Workspace, shallow: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A run on a base of its own, with a row rejected, that was stopped in its first step."""
+    root = tmp_path_factory.mktemp("stopped") / "root"
+    shutil.copytree(module_talk.root, root, ignore=shutil.ignore_patterns("experiments", "checkpoints"))
+    shutil.copytree(shallow, root / "own-base")
     forged = {
         "id": "forged",
         "messages": [{"role": "user", "content": "<|EOT|>"}, {"role": "assistant", "content": "So."}],
     }
-    (small_talk.root / "data/sft/forged.jsonl").write_text(json.dumps(forged) + "\n")
+    (root / "data/sft/forged.jsonl").write_text(json.dumps(forged) + "\n")
     honest = StepTrainer.training_step
 
     def training_step(self: Any, *arguments: Any, **options: Any) -> Any:
@@ -165,21 +212,28 @@ def interrupted(small_talk: Workspace, job: Callable[..., Job], base: Base, monk
             os.kill(os.getpid(), signal.SIGTERM)
         return honest(self, *arguments, **options)
 
-    with monkeypatch.context() as patch:
+    workspace = Workspace(root)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StepTrainer, "training_step", training_step)
         with pytest.raises(Interrupted, match="after step 1/5"):
-            run_stage(Sft, job(*OWN_BASE))
-    return folder
+            run_stage(Sft, Job(workspace, load_profile(workspace, "small", list(OWN_BASE))))
+    return workspace
 
 
-OWN_BASE = ("base_model=own-base", "sft_config.epochs=1.0", "training_data.max_reject_share=0.5")
+@pytest.fixture
+def interrupted(stopped: Workspace, tmp_path: Path) -> Workspace:
+    """That run, to go on with."""
+    return Workspace(shutil.copytree(stopped.root, tmp_path / "interrupted", symlinks=True))
 
 
-def test_a_resume_takes_up_its_overrides_and_counts_nothing_twice(
-    interrupted: Path, small_talk: Workspace, job: Callable[..., Job]
-) -> None:
-    resumed = run_stage(Sft, job(resume=True))
-    assert resumed.facts.overrides == job(*OWN_BASE).profile.overrides
+def of(workspace: Workspace, *assignments: str) -> Job:
+    """To resume what was stopped there."""
+    return Job(workspace, load_profile(workspace, "small", list(assignments)), resume=True)
+
+
+def test_a_resume_takes_up_its_overrides_and_counts_nothing_twice(interrupted: Workspace) -> None:
+    resumed = run_stage(Sft, of(interrupted))
+    assert resumed.facts.overrides == of(interrupted, *OWN_BASE).profile.overrides
     assert [line["step"] for line in curve(resumed.folder)] == [1, 2, 3, 4, 5]
     assert curve(resumed.folder)[-1]["tokens"] == resumed.facts.results["training"]["trained_tokens_an_epoch"]
     assert len((resumed.folder / "rejects.jsonl").read_text().splitlines()) == 1
@@ -187,27 +241,26 @@ def test_a_resume_takes_up_its_overrides_and_counts_nothing_twice(
     with pytest.raises(
         UserError, match=r"nothing to resume: it is complete; try make sft PROFILE=small, without RESUME"
     ):
-        run_stage(Sft, job(resume=True))
+        run_stage(Sft, of(interrupted))
 
 
 @pytest.mark.parametrize("changed", ["rows", "base", "setting"])
-def test_a_resume_of_what_has_changed_since_is_refused(
-    interrupted: Path, small_talk: Workspace, job: Callable[..., Job], changed: str
-) -> None:
+def test_a_resume_of_what_has_changed_since_is_refused(interrupted: Workspace, changed: str) -> None:
     assignments: tuple[str, ...] = ()
     if changed == "rows":
-        rows = small_talk.root / "data/sft/few.jsonl"
+        rows = interrupted.root / "data/sft/few.jsonl"
         rows.write_text("".join(rows.read_text("utf-8").splitlines(keepends=True)[1:]), "utf-8")
         said = r"the train rows changed since the run began \(10 rows then, 9 now\)"
     elif changed == "base":
-        weights = bytearray((interrupted / "model.safetensors").read_bytes())
+        path = interrupted.root / "own-base/model.safetensors"
+        weights = bytearray(path.read_bytes())
         weights[-1] ^= 1
-        (interrupted / "model.safetensors").write_bytes(weights)
+        path.write_bytes(weights)
         said = "the weights of own-base changed since the run began"
     else:
         assignments, said = (*OWN_BASE, "seed=7"), "seed is 7, the run to resume has 42"
     with pytest.raises(UserError, match=said):
-        run_stage(Sft, job(*assignments, resume=True))
+        run_stage(Sft, of(interrupted, *assignments))
 
 
 HELD_OUT = ("training_data.validation.fraction=0.3", "sft_config.save_steps=100", "sft_config.lora_dropout=0.3")
@@ -216,6 +269,15 @@ HELD_OUT = ("training_data.validation.fraction=0.3", "sft_config.save_steps=100"
 
 def run(job: Callable[..., Job], *assignments: str, **options: Any) -> Record:
     return run_stage(Sft, job(*HELD_OUT, *assignments, **options))
+
+
+A_ROW_A_PASS = ("sft_config.epochs=2.0", "sft_config.pass_tokens=1")
+
+
+@pytest.fixture(scope="module")
+def whole(module_talk: Workspace) -> Record:
+    """Two epochs, not interrupted; each row has a pass of its own."""
+    return run_stage(Sft, Job(module_talk, load_profile(module_talk, "small", [*HELD_OUT, *A_ROW_A_PASS])))
 
 
 def adapter(record: Record) -> bytes:
@@ -278,11 +340,14 @@ def test_a_part_of_an_epoch_is_validated_at_its_end(small_talk: Workspace, job: 
 
 @pytest.mark.parametrize(("rows", "drawn"), [(1, "true"), (3, "false")])
 def test_a_stop_in_a_validation_ends_it_and_a_resume_makes_up_for_it(
-    small_talk: Workspace, job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, rows: int, drawn: str
+    small_talk: Workspace,
+    job: Callable[..., Job],
+    monkeypatch: pytest.MonkeyPatch,
+    whole: Record,
+    rows: int,
+    drawn: str,
 ) -> None:
-    """Stopped after the first row, or after the last, when the measurement is whole; each has a pass of its own."""
-    settings = ("sft_config.epochs=2.0", "sft_config.pass_tokens=1")
-    whole = run(job, *settings)
+    """Stopped after the first row, or after the last, when the measurement is whole."""
     modes = list[bool]()
 
     class Stopping(Progress):
@@ -302,7 +367,7 @@ def test_a_stop_in_a_validation_ends_it_and_a_resume_makes_up_for_it(
         patch.setattr(heldout, "Progress", Stopping)
         patch.setattr(watch.Watch, "validate", validate)
         with pytest.raises(Interrupted, match=r"interrupted by SIGTERM after step 4/8; RESUME=1"):
-            run(job, *settings, f"telemetry.curves={drawn}")
+            run(job, *A_ROW_A_PASS, f"telemetry.curves={drawn}")
     assert modes == [True]
     file, facts = next(records(small_talk))
     assert facts.status == "cancelled"
@@ -312,7 +377,7 @@ def test_a_stop_in_a_validation_ends_it_and_a_resume_makes_up_for_it(
     assert len(pictures) == 4 * (drawn == "true")
     assert all(path.parent == file.folder and path.exists() for path in pictures)
 
-    resumed = run_stage(Sft, job(resume=True))
+    resumed = run(job, *A_ROW_A_PASS, resume=True)  # nothing is drawn a second time: four seconds
     assert resumed.id == file.id and adapter(resumed) == adapter(whole)
     assert curve(resumed.folder) == curve(whole.folder)
     seconds = [line["seconds"] for line in log_of(resumed.folder) if "loss" in line]
@@ -321,10 +386,9 @@ def test_a_stop_in_a_validation_ends_it_and_a_resume_makes_up_for_it(
 
 
 def test_a_run_cut_off_after_its_last_step_is_validated_once_when_it_goes_on(
-    small_talk: Workspace, job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+    small_talk: Workspace, job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, whole: Record
 ) -> None:
     """Its adapter could not be written; nothing is left to train and the log already holds the last validation."""
-    whole = run(job)
     with monkeypatch.context() as patch:
 
         def full(*_: Any) -> None:
@@ -332,7 +396,7 @@ def test_a_run_cut_off_after_its_last_step_is_validated_once_when_it_goes_on(
 
         patch.setattr("pipeline.train.adapter.keep", full)
         with pytest.raises(OSError, match="No space left"):
-            run(job)
+            run(job, *A_ROW_A_PASS)
     resumed = run_stage(Sft, job(resume=True))
     assert curve(resumed.folder) == curve(whole.folder)
     assert adapter(resumed) == adapter(whole)
