@@ -44,7 +44,9 @@ class Run:
     wall: float
     cpu: float
     largest: int  # peak resident memory of its largest process
-    whole: int  # that, and what the other processes of the tree had beside it in memory that they share with none
+    whole: (
+        int  # the most that it, and the others of the tree beside it in memory that they share with none, had at once
+    )
     steps: list[Step] = field(default_factory=list)
 
 
@@ -54,7 +56,7 @@ def observe(
     """`told` gives the steps that the command has told so far. Raises `SystemExit` when the command fails."""
     steps: list[Step] = []
     looks: Counter[int] = Counter()
-    largest = others = 0
+    largest = whole = 0
     weighed = 0.0
     started = time.perf_counter()
     with (folder / OUTPUT).open("wb") as output:
@@ -72,7 +74,8 @@ def observe(
         largest = max([largest, *peaks.values()])
         if now - weighed >= WEIGH_EVERY:
             weighed = now
-            others = max(others, sum(_own(pid) for pid in sorted(peaks, key=peaks.__getitem__)[:-1]))
+            others = sorted(peaks, key=peaks.__getitem__)[:-1]
+            whole = max(whole, largest + sum(map(_own, others)))
         steps += [Step(t.loss, t.tokens, now, used) for t in told()[len(steps) :]]
     _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - started
@@ -80,7 +83,7 @@ def observe(
     if process.returncode:
         last = (folder / OUTPUT).read_text("utf-8", "replace").splitlines()[-20:]
         raise SystemExit("\n".join([*last, f"{' '.join(map(str, command))}: exit {process.returncode}"]))
-    return Run(wall, usage.ru_utime + usage.ru_stime, largest, largest + others, steps)
+    return Run(wall, usage.ru_utime + usage.ru_stime, largest, max(whole, largest), steps)
 
 
 def _descendants(pid: int) -> list[int]:

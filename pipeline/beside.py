@@ -38,7 +38,15 @@ def beside(work: Callable[[], T]) -> Callable[[], T]:
     return future.result
 
 
-def in_processes(work: Callable[[str], T], items: Iterable[str], cores: int) -> Iterator[tuple[str, T]]:
+def in_a_process(work: Callable[[], T]) -> T:
+    """What it gives or raises, in a process whose memory ends with it: many small objects leave this one's in pieces."""
+    [(_, found)] = in_processes(lambda _: work(), [""], 1, remedy="")
+    return found
+
+
+def in_processes(
+    work: Callable[[str], T], items: Iterable[str], cores: int, remedy: str = "--resume"
+) -> Iterator[tuple[str, T]]:
     """Each item, as it comes, with what `work` gives for it; in their order.
 
     Forked, they know what this process knows, and share the memory of it. They end with it, however it ends. Raises what
@@ -61,7 +69,7 @@ def in_processes(work: Callable[[str], T], items: Iterable[str], cores: int) -> 
                 process.kill()
         if isinstance(error, BrokenProcessPool):
             what = "a process beside this one was killed, perhaps for want of memory"
-            raise StageFailed(what, remedy="--resume") from None
+            raise StageFailed(what, remedy=remedy) from None
         raise
     finally:
         pool.shutdown(cancel_futures=True)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pipeline import imports
-from pipeline.beside import beside
+from pipeline.beside import beside, in_a_process
 from pipeline.chat import PROBES, Chat
 from pipeline.data.rows import Message, PreferencePair
 from pipeline.errors import UserError
@@ -76,8 +76,11 @@ class Merge:
         chat = base.chat()
         check_trained_on(base, chat, job.workspace, source, identity)
         all_taken = [first, *further(job, base, chat, first)]
-        read = [lora.read(one.folder, base.folder, base.trust_remote_code) for one in all_taken]
-        adapter = together(read, [one.name for one in all_taken])
+        # peft's layers take memory with each layer of the model
+        adapters = in_a_process(
+            lambda: [lora.read(one.folder, base.folder, base.trust_remote_code) for one in all_taken]
+        )
+        adapter = together(adapters, [one.name for one in all_taken])
         return cls(job, base, chat, source, all_taken, adapter, [one.input for one in all_taken if one.input])
 
     @property

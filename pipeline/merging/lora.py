@@ -9,6 +9,7 @@ Anything else is refused, and so is an option of peft's that is not known (`pipe
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ PREFIX = "base_model.model."
 
 
 def read(folder: Path, base: Path, trust_remote_code: bool = False) -> Adapter:
-    """The adapter in `folder`, for the model in `base`.
+    """The adapter in `folder`, for the model in `base`. What is returned can be sent to another process.
 
     Raises `UserError` for an adapter that cannot be merged, and for a key that is missing or left over.
     """
@@ -67,12 +68,7 @@ class _Reader:
             a = self._take(f"{module}.lora_A.weight", (rank, into))
             b = self._take(f"{module}.lora_B.weight", (out, rank))
         magnitude = self._take(f"{module}.lora_magnitude_vector", (into if embedding else out,)) if dora else None
-
-        def load() -> Update:
-            one, other = a.read().float(), b.read().float()
-            factor = Factor(other.T, one.T, scale) if embedding else Factor(one, other, scale)
-            return LowRank((factor,), magnitude.read().float() if magnitude else None, embedding)
-
+        load = partial(_low_rank, a, b, scale, magnitude, embedding)
         self._change([f"{module}.weight"], Change(load, adds_up=True))
 
     def replaced(self, group: list[str], keys: list[str]) -> None:
@@ -81,18 +77,16 @@ class _Reader:
         first = taken[0]
         if any(_differ(first, other) for other in taken[1:]):
             raise UserError(f"its {keys[0]} and {keys[1]} are tied and differ", where=self.where, remedy=OTHERWISE)
-        self._change(group, Change(lambda: Replacement(first.read())))
+        self._change(group, Change(partial(_replacement, first)))
 
     def tokens(self, group: list[str], tokens: list[int]) -> None:
-        import torch
-
         vocabulary, width = self._shape(self._name(group))
         if len(set(tokens)) < len(tokens) or not all(0 <= token < vocabulary for token in tokens):
             what = "its trainable_token_indices name a token twice, or one that the base has not"
             raise UserError(what, where=self.where)
         module = group[0].removesuffix(".weight")
         values = self._take(f"{module}.token_adapter.trainable_tokens_delta", (len(tokens), width))
-        self._change(group, Change(lambda: Rows(torch.tensor(tokens), values.read())))
+        self._change(group, Change(partial(_rows, tokens, values)))
 
     def refuse_left_over(self) -> None:
         """A key that nothing asked for; but peft puts the base's own weight beside the adapter of an embedding."""
@@ -136,6 +130,22 @@ class _Reader:
         if self.base[name].dtype not in FLOATS:
             raise UserError(f"the base's {name} is stored as {self.base[name].dtype}", where=self.where)
         self.changes[name] = change
+
+
+def _low_rank(a: Stored, b: Stored, scale: float, magnitude: Stored | None, embedding: bool) -> Update:
+    one, other = a.read().float(), b.read().float()
+    factor = Factor(other.T, one.T, scale) if embedding else Factor(one, other, scale)
+    return LowRank((factor,), magnitude.read().float() if magnitude else None, embedding)
+
+
+def _replacement(tensor: Stored) -> Update:
+    return Replacement(tensor.read())
+
+
+def _rows(tokens: list[int], values: Stored) -> Update:
+    import torch
+
+    return Rows(torch.tensor(tokens), values.read())
 
 
 def layers(adapted: Any, where: str, embeddings: bool = False) -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.beside import beside, in_processes
+from pipeline.beside import beside, in_a_process, in_processes
 from pipeline.errors import StageFailed, UserError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -24,6 +24,26 @@ def test_what_a_thread_finds_or_raises_is_given_to_who_waits() -> None:
     wait = beside(lambda: {}["nothing"])
     with pytest.raises(KeyError, match="nothing"):
         wait()
+
+
+def test_what_a_process_gives_or_raises_comes_back_and_nothing_else_does() -> None:
+    kept = list[int]()
+
+    def work() -> tuple[int, int]:
+        kept.append(1)
+        return len(kept), os.getpid()
+
+    length, worker = in_a_process(work)
+    assert length == 1 and worker != os.getpid() and not kept
+
+    def fault() -> None:
+        raise UserError("has no end", where="file:3", remedy="one")
+
+    with pytest.raises(UserError, match=r"^file:3: has no end; try one$") as raised:
+        in_a_process(fault)
+    assert (raised.value.where, raised.value.remedy) == ("file:3", "one")
+    with pytest.raises(StageFailed, match=r"was killed, perhaps for want of memory$"):
+        in_a_process(lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def test_items_come_in_their_order_and_before_all_are_known(tmp_path: Path) -> None:
