@@ -1,4 +1,4 @@
-"""Adapters as peft makes them, with values that no training has to find, and the embedded base in other dtypes."""
+"""Adapters as peft makes them, with values that no training has to find, and the embedded base in other dtypes, and shallow."""
 
 import shutil
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.model import Base
+from tests.pipeline.shallow import shallow_base
 
 
 @pytest.fixture(scope="session")
@@ -55,3 +56,8 @@ def stored_as(base: Base) -> Callable[..., Path]:
         return folder
 
     return store
+
+
+@pytest.fixture(scope="session")
+def shallow(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shallow_base(base, tmp_path_factory.mktemp("shallow") / "base")

@@ -29,7 +29,7 @@ from pipeline.train import adapter, reference
 from pipeline.train.trainer import StepTrainer
 from pipeline.training_data import read
 from pipeline.workspace import Workspace
-from tests.pipeline.shallow import make_shallow_talk, on_shallow, shallow_base
+from tests.pipeline.shallow import make_shallow_talk, on_shallow
 
 Losses = Callable[[Any, Encoded], list[float]]
 SHORT = ("dpo_config.epochs=1.0", "dpo_config.warmup_ratio=0.0", "dpo_config.schedule=constant_with_warmup")
@@ -48,11 +48,6 @@ class Taught:
 
     def job(self, *assignments: str, **options: Any) -> Job:
         return Job(self.workspace, load_profile(self.workspace, "small", list(assignments)), **options)
-
-
-@pytest.fixture(scope="module")
-def shallow(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shallow_base(base, tmp_path_factory.mktemp("shallow") / "base")
 
 
 @pytest.fixture(scope="module")

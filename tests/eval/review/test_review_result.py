@@ -211,7 +211,12 @@ def test_a_planted_better_side_is_found_and_its_interval_holds() -> None:
 # ── judges ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_judge_stands_beside_people_and_the_corrected_rate_uses_both(tmp_path: Path) -> None:
+def test_a_judge_stands_beside_people_and_the_corrected_rate_uses_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        blind, "new_key", lambda: bytes(blind.KEY_BYTES)
+    )  # of every 25 samples one is too unlike the rest
     chance = random.Random(1)
     truth = {f"q-{i}": float(chance.random() < 0.6) for i in range(80)}
     judge = {name: 1.0 if chance.random() < 0.3 else value for name, value in truth.items()}  # likes the model

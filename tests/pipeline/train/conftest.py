@@ -4,14 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.model import Base
 from pipeline.workspace import Workspace
-from tests.pipeline.shallow import make_shallow_talk, on_shallow, shallow_base
-
-
-@pytest.fixture(scope="session")
-def shallow(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shallow_base(base, tmp_path_factory.mktemp("shallow") / "base")
+from tests.pipeline.shallow import make_shallow_talk, on_shallow
 
 
 @pytest.fixture
