@@ -44,9 +44,7 @@ class Run:
     wall: float
     cpu: float
     largest: int  # peak resident memory of its largest process
-    whole: (
-        int  # the most that it, and the others of the tree beside it in memory that they share with none, had at once
-    )
+    whole: int  # the most that all processes of the tree had at once, what they share counted once
     steps: list[Step] = field(default_factory=list)
 
 
