@@ -14,8 +14,8 @@ record, the hash of the base (that it is the one trained on), and the receipt's 
 with base + adapter. That is beside peft's whole process: what the proof costs. The comparison of logits, which loads
 models whole as peft does, is run apart. What all wrote is compared, tensor by tensor.
 
-Memory is the peak resident memory of the process, and what those beside it had that they shared with none. Of a model
-with three times the layers ours must take no more.
+Memory is the most that all processes had at once, what they share counted once (`observe.py`). Of a model with three
+times the layers ours must take no more.
 """
 
 import argparse

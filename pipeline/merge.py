@@ -76,7 +76,7 @@ class Merge:
         chat = base.chat()
         check_trained_on(base, chat, job.workspace, source, identity)
         all_taken = [first, *further(job, base, chat, first)]
-        # peft's layers take memory with each layer of the model
+        # what peft builds to say which layers it is on would leave its memory here, the more the more layers there are
         adapters = in_a_process(
             lambda: [lora.read(one.folder, base.folder, base.trust_remote_code) for one in all_taken]
         )

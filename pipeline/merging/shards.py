@@ -16,12 +16,11 @@ from typing import Any, BinaryIO
 from pipeline.errors import UserError
 from pipeline.merging.blocks import Memory
 from pipeline.merging.safetensors_header import AGAIN, cut_off, entries, texts
-from pipeline.merging.writer import ALIGNED, Writer, drop, sync
+from pipeline.merging.writer import ALIGNED, CHUNK, Writer, drop, sync
 from pipeline.records.find import sha256
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' name: torch's
-CHUNK = 1 << 22  # bytes copied at once
 
 
 @dataclass(frozen=True)

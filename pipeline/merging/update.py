@@ -127,7 +127,7 @@ class LowRank:
                 delta = delta.to(weight.dtype) if self.embedding else delta
                 total = delta.add_(weight)
             else:
-                across = weight.T + delta.T if self.embedding else None
+                across = weight.T + delta.T if self.embedding else None  # not total.T: it lies otherwise in memory
                 total = delta.add_(weight)
                 scale = self.magnitude / torch.linalg.norm(total if across is None else across, dim=1)
                 total.mul_(scale[:, None] if across is None else scale)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-CHUNK = 1 << 22  # bytes written at once
+CHUNK = 1 << 22  # bytes copied or written at once
 SYNCED = 1 << 24  # bytes written between two syncs
 ALIGNED = 64  # bytes: each piece that waits begins at a multiple of it, as torch's own tensors do
 WAITING = 1 << 26  # bytes that may wait to be written, at least

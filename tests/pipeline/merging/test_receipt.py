@@ -238,7 +238,7 @@ def two_layers_exchanged(adapter: Adapter) -> Adapter:
     return replace(adapter, updates=updates | {first: updates[second], second: updates[first]})
 
 
-MISREAD = [  # in bfloat16, whose rounding has the wider bound
+MISREAD = [  # each in bfloat16, whose rounding has the wider bound; two in float32 too
     ("LoRA", twice_the_scale, torch.float32),
     ("LoRA", twice_the_scale, torch.bfloat16),
     ("LoRA", two_layers_exchanged, torch.bfloat16),

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.merging import shards
+from pipeline.merging.shards import SINGLE, Stored
 from pipeline.merging.writer import ALIGNED, Writer
 from pipeline.records.find import sha256
 
@@ -71,7 +73,7 @@ class Disk:
     def write(self, chunk: bytes) -> int:
         self.writes += 1
         if self.writes == 3:
-            assert self.open.wait(60)
+            assert self.open.wait(30)
         if self.writes == 4 and self.full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return int(self.file.write(chunk))
@@ -81,7 +83,7 @@ def test_after_a_failed_write_nothing_is_written_in_its_place(tmp_path: Path, mo
     """Though there is room on the disk again: what follows would be taken for what is missing."""
     monkeypatch.setattr("pipeline.merging.writer.SYNCED", 1)
     pieces = [bytes([number]) * 100 for number in range(30)]
-    with pytest.raises(OSError, match=r"No space left on device.*.*written"), Writer(tmp_path / "written") as writer:
+    with pytest.raises(OSError, match=r"No space left on device.*written"), Writer(tmp_path / "written") as writer:
         writer._file = disk = Disk(writer._file, full=True)  # type: ignore[assignment]
         for piece in pieces:
             writer.write(piece)
@@ -97,3 +99,24 @@ def test_a_stop_does_not_wait_for_what_waits(tmp_path: Path) -> None:
         threading.Timer(0.2, disk.open.set).start()
         raise KeyboardInterrupt
     assert len((tmp_path / "written").read_bytes()) <= 300
+
+
+@pytest.mark.parametrize(("dtype", "of_each"), [("BF16", 2), ("F32", 4), ("F64", 8)])
+def test_there_is_room_to_compute_a_tensor_while_one_as_large_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, of_each: int
+) -> None:
+    """With small ones between them, in 16 bits; where each takes more, memory is bounded: by two of them in float32."""
+    monkeypatch.setattr("pipeline.merging.writer.WAITING", 0)
+    elements, small = 10_000, 500
+    waiting = shards._waiting(Stored(tmp_path / SINGLE, "a", dtype, (elements,), 0, elements * of_each))
+    assert elements * of_each <= waiting <= 2 * 4 * elements + 2 * ALIGNED
+    if dtype != "BF16":
+        return
+    with Writer(tmp_path / "written", waiting) as writer:
+        writer._file = disk = Disk(writer._file, full=False)  # type: ignore[assignment]
+        for length in (small, small, elements * of_each, small):  # the third is being written until the disk is open
+            writer.write(writer.room(length))
+        room = writer.room(elements * of_each)  # else it waits for the disk, in vain
+        assert not disk.open.is_set()
+        disk.open.set()
+        writer.write(room)
